@@ -1,0 +1,1 @@
+"""Fused token-skipping operators for vision transformers."""
