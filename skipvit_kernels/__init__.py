@@ -1,1 +1,52 @@
-"""Fused token-skipping operators for vision transformers."""
+"""Skip the patches that do not matter: SkipViT as fused kernels for vision transformers.
+
+    import skipvit_kernels as sk
+    model = timm.create_model("vit_small_patch16_224")
+    sk.patch(model, "6(55%)+11", warmup_epochs=15)
+
+The operators `cls_scores`, `gather_topk`, `gather_topk_fuse`, `gather_rows` and `scatter_back` need
+torch alone; `patch` and what goes with it need timm.
+"""
+
+from skipvit_kernels.arithmetic import ViTShape, ideal_speedup, macs
+from skipvit_kernels.config import SkipConfig
+from skipvit_kernels.ops import (
+    cls_scores,
+    gather_rows,
+    gather_topk,
+    gather_topk_fuse,
+    scatter_back,
+)
+from skipvit_kernels.patch import (
+    SkipRecord,
+    VerifyReport,
+    is_patched,
+    patch,
+    record_skips,
+    set_epoch,
+    unpatch,
+    verify,
+)
+from skipvit_kernels.skip_block import SkipBlock
+
+__all__ = [
+    "SkipBlock",
+    "SkipConfig",
+    "SkipRecord",
+    "VerifyReport",
+    "ViTShape",
+    "cls_scores",
+    "gather_rows",
+    "gather_topk",
+    "gather_topk_fuse",
+    "ideal_speedup",
+    "is_patched",
+    "macs",
+    "patch",
+    "record_skips",
+    "scatter_back",
+    "set_epoch",
+    "unpatch",
+    "verify",
+]
+__version__ = "0.1.0"

@@ -208,7 +208,9 @@ class _GatherTopk(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+        if grad is None:
+            return None, None, None, None
         (index,) = ctx.saved_tensors
         return _gather_rows_backward(grad, index, ctx.num_tokens), None, None, None
 
@@ -283,7 +285,11 @@ class _GatherTopkFuse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, None, None]:
+    def backward(
+        ctx: Any, grad: Tensor | None, _: None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None, None
         x, scores, index = ctx.saved_tensors
         grad_x, grad_scores = _gather_topk_fuse_backward(grad, x, scores, index)
         return grad_x, grad_scores, None, None

@@ -1,0 +1,242 @@
+"""SkipConfig: where tokens leave, how many, and where they come back, in the paper's notation."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import NamedTuple
+
+Ratio = Fraction | float | str
+
+_NOTATION = re.compile(
+    r"(?P<layers>\d+(?:,\d+)*)\((?P<ratios>[^()]*)\)"
+    r"(?:\+(?P<rejoin>\d+|fused))?"
+    r"(?::(?P<options>.+))?"
+)
+_EXAMPLES = '"6(55%)+11", "6(55%)+11:mean", "4,7(30%,30%)+10", "6(45%)+fused" or "6(55%)"'
+
+
+class BlockTokens(NamedTuple):
+    """Tokens that one block works on, prefix tokens included."""
+
+    attention: int
+    mlp: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipConfig:
+    """Which blocks drop patches, how many, and where the skipped ones rejoin (SkipViT, Table 1).
+
+    Layers count from 1, as in the paper. A drop happens between the attention and the MLP of its
+    layer; its ratio is of the patches present there, and ceil(kept share) of them stay.
+
+    Attributes:
+        drop_at: layers that drop, ascending. Empty: nothing is dropped.
+        drop_ratio: share of the patches dropped in each, in [0, 1]; held as exact fractions, a
+            float is read as the decimal that it prints as.
+        rejoin_at: the first layer that sees all tokens again; None: they never come back.
+        method: "skip" (SkipViT), or "fuse": EViT's one token that sums up the dropped ones.
+        rejoin_update: "none": tokens return as they left (the paper); "mean": each is moved by the
+            mean movement of its image's kept patches over the skipped blocks.
+        warmup_epochs: epochs without dropping (the paper used 15); see `set_epoch`.
+
+    Raises:
+        ValueError: on values outside these ranges, lists of unequal length, a rejoin before a drop.
+    """
+
+    drop_at: tuple[int, ...] = ()
+    drop_ratio: tuple[Fraction, ...] = ()
+    rejoin_at: int | None = None
+    method: str = "skip"
+    rejoin_update: str = "none"
+    warmup_epochs: int = 0
+
+    def __init__(
+        self,
+        drop_at: int | Iterable[int] = (),
+        drop_ratio: Ratio | Iterable[Ratio] = (),
+        rejoin_at: int | None = None,
+        method: str = "skip",
+        rejoin_update: str = "none",
+        warmup_epochs: int = 0,
+    ) -> None:
+        layers = (drop_at,) if isinstance(drop_at, int) else tuple(drop_at)
+        ratios = (drop_ratio,) if isinstance(drop_ratio, Ratio) else tuple(drop_ratio)
+        fields = dict(
+            drop_at=layers,
+            drop_ratio=tuple(as_ratio(ratio) for ratio in ratios),
+            rejoin_at=rejoin_at,
+            method=method,
+            rejoin_update=rejoin_update,
+            warmup_epochs=warmup_epochs,
+        )
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        if len(self.drop_at) != len(self.drop_ratio):
+            raise ValueError(
+                "drop_at and drop_ratio must have the same length, "
+                f"got {len(self.drop_at)} layers and {len(self.drop_ratio)} ratios"
+            )
+        for layer in (*self.drop_at, *([] if self.rejoin_at is None else [self.rejoin_at])):
+            if not isinstance(layer, int) or layer < 1:
+                raise ValueError(f"layers must be integers counted from 1, got {layer!r}")
+        if any(b <= a for a, b in zip(self.drop_at, self.drop_at[1:], strict=False)):
+            raise ValueError(f"drop_at must ascend, got {self.drop_at}")
+        if self.method not in ("skip", "fuse"):
+            raise ValueError(f'method must be "skip" or "fuse", got {self.method!r}')
+        if self.rejoin_update not in ("none", "mean"):
+            raise ValueError(f'rejoin_update must be "none" or "mean", got {self.rejoin_update!r}')
+        if not isinstance(self.warmup_epochs, int) or self.warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must be an integer >= 0, got {self.warmup_epochs!r}")
+        if self.rejoin_at is None:
+            if self.rejoin_update != "none":
+                raise ValueError('rejoin_update="mean" needs a rejoin_at, got None')
+        elif not self.drop_at:
+            raise ValueError(f"rejoin_at must be None where nothing drops, got {self.rejoin_at}")
+        elif self.rejoin_at <= self.drop_at[-1]:
+            raise ValueError(
+                f"rejoin_at must come after the last drop, in layer {self.drop_at[-1]}, "
+                f"got {self.rejoin_at}"
+            )
+        elif self.method == "fuse":
+            raise ValueError(
+                f'rejoin_at must be None with method "fuse": fused tokens never rejoin, '
+                f"got {self.rejoin_at}"
+            )
+
+    def check_depth(self, depth: int) -> None:
+        """Raise ValueError where a layer lies beyond a model of `depth` blocks."""
+        for name, layer in (
+            ("drop_at", max(self.drop_at, default=0)),
+            ("rejoin_at", self.rejoin_at or 0),
+        ):
+            if layer > depth:
+                raise ValueError(f"{name} must be at most {depth}, the model's depth, got {layer}")
+
+    @classmethod
+    def parse(cls, text: str, *, warmup_epochs: int | None = None) -> SkipConfig:
+        """Read the notation; `SkipConfig.parse(str(config)) == config` for every config.
+
+        "6(55%)+11" drops 55 % of the patches in layer 6 and rejoins them before layer 11;
+        "4,7(30%,30%)+10" drops 30 % of what is there in layer 4 and again in layer 7;
+        "6(45%)+fused" is EViT's fused token; "6(55%)" drops for good; "" drops nothing. Options
+        follow a colon: "6(55%)+11:mean" for the mean update, ":warmup=15", ":mean,warmup=15".
+        A ratio that no decimal holds is a fraction, "6(1/3)+11".
+
+        Raises:
+            ValueError: on anything else, naming the part and what it should be.
+        """
+        layers: tuple[int, ...] = ()
+        ratios: tuple[Fraction, ...] = ()
+        rejoin, update, warmup = None, "none", 0
+        core, _, options = text.partition(":")
+        if core:
+            match = _NOTATION.fullmatch(core.replace(" ", ""))
+            if match is None:
+                raise ValueError(f"config must read like {_EXAMPLES}, got {text!r}")
+            layers = tuple(int(layer) for layer in match["layers"].split(","))
+            ratios = tuple(_parse_ratio(part, text) for part in match["ratios"].split(","))
+            rejoin = match["rejoin"]
+        for option in options.replace(" ", "").split(",") if options else ():
+            if option == "mean":
+                update = "mean"
+            elif re.fullmatch(r"warmup=\d+", option):
+                warmup = int(option.removeprefix("warmup="))
+            else:
+                raise ValueError(f'options must be "mean" or "warmup=15", got {option!r} in {text!r}')
+        return cls(
+            layers,
+            ratios,
+            rejoin_at=int(rejoin) if rejoin not in (None, "fused") else None,
+            method="fuse" if rejoin == "fused" else "skip",
+            rejoin_update=update,
+            warmup_epochs=warmup if warmup_epochs is None else warmup_epochs,
+        )
+
+    def __str__(self) -> str:
+        text = ""
+        if self.drop_at:
+            ratios = ",".join(_format_ratio(ratio) for ratio in self.drop_ratio)
+            text = f"{','.join(map(str, self.drop_at))}({ratios})"
+        if self.method == "fuse":
+            text += "+fused"
+        elif self.rejoin_at is not None:
+            text += f"+{self.rejoin_at}"
+        options = ["mean"] if self.rejoin_update == "mean" else []
+        options += [f"warmup={self.warmup_epochs}"] if self.warmup_epochs else []
+        return f"{text}:{','.join(options)}" if options else text
+
+    def token_counts(
+        self, depth: int, num_patches: int, num_prefix_tokens: int = 1
+    ) -> list[BlockTokens]:
+        """Tokens per block, prefix tokens included: seen by its attention, and by its MLP.
+
+        Raises:
+            ValueError: where a layer lies beyond `depth`.
+        """
+        self.check_depth(depth)
+        ratio_at = dict(zip(self.drop_at, self.drop_ratio, strict=True))
+        counts = []
+        patches = num_patches
+        for layer in range(1, depth + 1):
+            if layer == self.rejoin_at:
+                patches = num_patches
+            attention = patches
+            if layer in ratio_at:
+                kept = num_kept(patches, ratio_at[layer])
+                patches = kept + (self.method == "fuse" and kept < patches)
+            counts.append(BlockTokens(num_prefix_tokens + attention, num_prefix_tokens + patches))
+        return counts
+
+
+def num_kept(num_patches: int, drop_ratio: Fraction) -> int:
+    """ceil((1 - drop_ratio) * num_patches) on integers: keeping 45 % of 196 is 89.
+
+    In floats ceil(0.55 * 100) is 56.
+    """
+    kept, whole = drop_ratio.denominator - drop_ratio.numerator, drop_ratio.denominator
+    return (kept * num_patches + whole - 1) // whole
+
+
+def as_ratio(value: Ratio) -> Fraction:
+    """A share in [0, 1] as an exact fraction; 0.55 is 11/20."""
+    try:
+        ratio = Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"drop_ratio must be a number in [0, 1], got {value!r}") from None
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"drop_ratio must be in [0, 1] (0 % to 100 %), got {value}")
+    return ratio
+
+
+def _parse_ratio(part: str, text: str) -> Fraction:
+    try:
+        ratio = Fraction(part.removesuffix("%")) / (100 if part.endswith("%") else 1)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f'ratios must read like "55%", got {part!r} in {text!r}') from None
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratios must lie between 0% and 100%, got {part} in {text!r}")
+    return ratio
+
+
+def _format_ratio(ratio: Fraction) -> str:
+    """As a percentage where a decimal holds it exactly, else as a fraction."""
+    denominator = ratio.denominator
+    for prime in (2, 5):
+        while denominator % prime == 0:
+            denominator //= prime
+    if denominator != 1:
+        return f"{ratio.numerator}/{ratio.denominator}"
+    percent, digits = ratio * 100, 0
+    while percent.denominator != 1:
+        percent, digits = percent * 10, digits + 1
+    whole = str(percent.numerator)
+    if digits:
+        whole = whole.zfill(digits + 1)
+        whole = f"{whole[:-digits]}.{whole[-digits:]}"
+    return f"{whole}%"
