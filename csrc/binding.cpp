@@ -1,0 +1,417 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operators under torch's CPU dispatch key, over torch's stable ABI: one build serves every torch
+// from 2.11 on. Shapes, strides and threads are settled here; the arithmetic is in kernels.cpp.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace skipvit {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const Kernels& kernels() { return *cpu_kernels().table; }
+
+// std::invalid_argument arrives in Python as ValueError. Only throw it outside of parallel_for, where
+// torch replaces the message by its own.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    text << (d == 0 ? "" : ", ") << t.size(d);
+  }
+  text << ')';
+  return text.str();
+}
+
+DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      fail(name, " must be float32, float16, bfloat16 or float64");
+  }
+}
+
+// A negative size in `sizes` stands for any.
+View view_of(const char* name, const Tensor& t, DType dtype, std::initializer_list<int64_t> sizes) {
+  View view{};
+  if (t.dim() != static_cast<int64_t>(sizes.size())) {
+    fail(name, " must have ", sizes.size(), " dimensions, got ", shape_of(t));
+  }
+  const auto have = t.sizes(), strides = t.strides();
+  int d = 0;
+  for (const int64_t want : sizes) {
+    if (want >= 0 && have[d] != want) {
+      fail(name, " must have size ", want, " in dimension ", d, ", got ", shape_of(t));
+    }
+    view.size[d] = have[d];
+    view.stride[d] = strides[d];
+    ++d;
+  }
+  view.data = t.data_ptr();
+  view.dtype = dtype;
+  view.element_size = static_cast<int64_t>(t.element_size());
+  return view;
+}
+
+View float_view(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  return view_of(name, t, dtype_of(name, t), sizes);
+}
+
+View same_dtype_view(const char* name, const Tensor& t, const View& other,
+                     std::initializer_list<int64_t> sizes) {
+  const View view = float_view(name, t, sizes);
+  if (view.dtype != other.dtype) {
+    fail(name, " must have the dtype of the other tensors");
+  }
+  return view;
+}
+
+View index_view(const Tensor& index, int64_t batch) {
+  if (index.scalar_type() != ScalarType::Long) {
+    fail("index must be int64");
+  }
+  return view_of("index", index, DType::kFloat64, {batch, -1});
+}
+
+// Scores (B, n) are scores (B, 1, n): a mean over one head has the same bits.
+View scores_view(const Tensor& scores, int64_t batch) {
+  if (scores.dim() == 3) {
+    return float_view("scores", scores, {batch, -1, -1});
+  }
+  View view = float_view("scores", scores, {batch, -1});
+  view.size[2] = view.size[1];
+  view.stride[2] = view.stride[1];
+  view.size[1] = 1;
+  return view;
+}
+
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
+                 std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+}
+
+// A contiguous output just allocated in the dtype of a view that is already at hand.
+View output_view(const Tensor& t, const View& like) {
+  View view{};
+  int64_t stride = 1;
+  const auto sizes = t.sizes();
+  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) {
+    view.size[d] = sizes[d];
+    view.stride[d] = stride;
+    stride *= sizes[d];
+  }
+  view.data = t.data_ptr();
+  view.dtype = like.dtype;
+  view.element_size = like.element_size;
+  return view;
+}
+
+// Work that moves less than this stays on one thread: waking another costs some microseconds.
+constexpr int64_t kGrainBytes = 64 * 1024;
+
+template <class F>
+void for_items(int64_t items, int64_t bytes_per_item, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes_per_item));
+  torch::stable::parallel_for(0, items, grain, f);
+}
+
+// Pieces per image for the kernels that sum over rows: one where there are images enough for the
+// threads, else so many that no thread is left without. 64 channels are the least worth splitting.
+int64_t column_blocks(int64_t batch, int64_t channels) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = batch == 0 || batch % threads == 0 || batch >= 4 * threads ? 1 : threads;
+  return std::max<int64_t>(1, std::min(wanted, channels / 64));
+}
+
+// Buffers of the calling thread that only grow; the worker threads read and write through it.
+template <class T>
+T* caller_scratch(int64_t count) {
+  thread_local std::unique_ptr<T[]> data;
+  thread_local int64_t capacity = 0;
+  if (count > capacity) {
+    data.reset(new T[count]);
+    capacity = count;
+  }
+  return data.get();
+}
+
+struct Byte16 {
+  alignas(16) char bytes[16];
+};
+
+// Checks the index and returns its inverse (B, N).
+const int32_t* checked_inverse(const View& index, int64_t num_tokens) {
+  if (num_tokens > INT32_MAX) {
+    fail("an image must have less than 2**31 rows, got ", num_tokens);
+  }
+  int32_t* inverse = caller_scratch<int32_t>(index.size[0] * num_tokens);
+  const IndexCheck check = kernels().invert_index(index, num_tokens, inverse);
+  if (check.kind == IndexCheck::kOutOfRange) {
+    fail("index must hold rows in [0, ", num_tokens, "), got ", check.row);
+  }
+  if (check.kind == IndexCheck::kRepeated) {
+    fail("index must hold each row of an image once, got ", check.row, " twice in image ",
+         check.image);
+  }
+  return inverse;
+}
+
+// ------------------------------------------------------------------------------- operators
+
+Tensor cls_scores(const Tensor& q, const Tensor& k, double scale, int64_t num_prefix_tokens) {
+  const View keys = float_view("k", k, {-1, -1, -1, -1});
+  const int64_t batch = keys.size[0], heads = keys.size[1], tokens = keys.size[2];
+  const View query = same_dtype_view("q", q, keys, {batch, heads, keys.size[3]});
+  if (num_prefix_tokens < 0 || num_prefix_tokens > tokens) {
+    fail("num_prefix_tokens must be in [0, ", tokens, "], got ", num_prefix_tokens);
+  }
+  Tensor out = new_empty(k, {batch, tokens - num_prefix_tokens}, ScalarType::Float);
+  const bool wide = keys.dtype == DType::kFloat64;
+  const int64_t logit_bytes = wide ? 8 : 4;
+  const int64_t num_logits = batch * heads * tokens;
+  void* logits = caller_scratch<Byte16>((num_logits * logit_bytes + 15) / 16);
+  float* result = static_cast<float*>(out.data_ptr());
+  for_items(num_logits, keys.size[3] * keys.element_size, [&](int64_t begin, int64_t end) {
+    kernels().cls_logits(query, keys, scale, logits, begin, end);
+  });
+  // An exponential costs about as much as moving 32 bytes.
+  for_items(batch, heads * tokens * 32, [&](int64_t begin, int64_t end) {
+    kernels().cls_softmax_mean(logits, wide, heads, tokens, num_prefix_tokens, result, begin, end);
+  });
+  return out;
+}
+
+void move_rows(const View& x, const View& index, const View& out) {
+  const int64_t row_bytes = x.size[2] * x.element_size;
+  for_items(index.size[0] * index.size[1], row_bytes, [&](int64_t begin, int64_t end) {
+    kernels().gather_rows(x, index, out, begin, end);
+  });
+}
+
+struct Selection {
+  View x;
+  bool wide;         // scores, and so their mean, are float64
+  const void* mean;  // (B, n) in the caller's scratch
+  Tensor tokens;     // (B, P+K+extra_rows, C), the first P+K rows filled
+  Tensor index;      // (B, P+K)
+  View out;
+  int64_t num_patches;
+};
+
+const void* mean_scores(const View& scores) {
+  const int64_t batch = scores.size[0], n = scores.size[2];
+  void* mean = caller_scratch<Byte16>((batch * n * 8 + 15) / 16);
+  for_items(batch, scores.size[1] * n * scores.element_size, [&](int64_t begin, int64_t end) {
+    kernels().head_mean(scores, mean, begin, end);
+  });
+  return mean;
+}
+
+Selection select_and_move(const Tensor& x, const Tensor& scores, int64_t num_keep,
+                          int64_t num_prefix, int64_t extra_rows) {
+  const View tokens_in = float_view("x", x, {-1, -1, -1});
+  const int64_t batch = tokens_in.size[0], num_tokens = tokens_in.size[1];
+  const View score = scores_view(scores, batch);
+  const int64_t n = score.size[2];
+  if (num_prefix < 0 || num_prefix + n != num_tokens) {
+    fail("scores must have one column for each of ", num_tokens - num_prefix, " patches, got ",
+         shape_of(scores));
+  }
+  if (num_keep < 0 || num_keep > n) {
+    fail("num_keep must be in [0, ", n, "], got ", num_keep);
+  }
+  if (n > INT32_MAX) {
+    fail("scores must have less than 2**31 columns, got ", n);
+  }
+  const int64_t rows = num_prefix + num_keep;
+  Selection s{tokens_in,
+              score.dtype == DType::kFloat64,
+              mean_scores(score),
+              new_empty(x, {batch, rows + extra_rows, tokens_in.size[2]}),
+              new_empty(x, {batch, rows}, ScalarType::Long),
+              {},
+              n};
+  s.out = output_view(s.tokens, tokens_in);
+  int64_t* index = static_cast<int64_t*>(s.index.data_ptr());
+  // The threshold search passes over the 4-byte keys about 25 times.
+  for_items(batch, n * 100, [&](int64_t begin, int64_t end) {
+    kernels().select_topk(s.mean, s.wide, n, num_keep, num_prefix, index, begin, end);
+  });
+  move_rows(tokens_in, index_view(s.index, batch), s.out);
+  return s;
+}
+
+std::tuple<Tensor, Tensor> gather_topk(const Tensor& x, const Tensor& scores, int64_t num_keep,
+                                       int64_t num_prefix_tokens) {
+  const Selection s = select_and_move(x, scores, num_keep, num_prefix_tokens, 0);
+  return {s.tokens, s.index};
+}
+
+std::tuple<Tensor, Tensor> gather_topk_fuse(const Tensor& x, const Tensor& scores, int64_t num_keep,
+                                            int64_t num_prefix_tokens) {
+  const Selection s = select_and_move(x, scores, num_keep, num_prefix_tokens, 1);
+  const int64_t batch = s.x.size[0], channels = s.x.size[2];
+  const int64_t blocks = column_blocks(batch, channels);
+  const int64_t image_bytes = (s.num_patches - num_keep) * channels * s.x.element_size;
+  const int64_t* index = static_cast<const int64_t*>(s.index.data_ptr());
+  for_items(batch * blocks, image_bytes / blocks, [&](int64_t begin, int64_t end) {
+    kernels().sum_dropped(s.x, s.mean, s.wide, index, num_prefix_tokens + num_keep, s.num_patches,
+                          s.out, blocks, begin, end);
+  });
+  return {s.tokens, s.index};
+}
+
+std::tuple<Tensor, Tensor> gather_topk_fuse_backward(const Tensor& grad, const Tensor& x,
+                                                     const Tensor& scores, const Tensor& index) {
+  const View from = float_view("x", x, {-1, -1, -1});
+  const int64_t batch = from.size[0], num_tokens = from.size[1], channels = from.size[2];
+  const View rows = index_view(index, batch);
+  const View grad_rows = same_dtype_view("grad", grad, from, {batch, rows.size[1] + 1, channels});
+  const View score = scores_view(scores, batch);
+  if (score.size[2] > num_tokens) {
+    fail("scores must have at most ", num_tokens, " columns, got ", shape_of(scores));
+  }
+  const int32_t* inverse = checked_inverse(rows, num_tokens);
+  const void* mean = mean_scores(score);
+  Tensor grad_x = new_empty(x, {batch, num_tokens, channels});
+  Tensor grad_scores = torch::stable::new_empty(scores, scores.sizes());
+  const View out = output_view(grad_x, from);
+  View out_scores = score;
+  out_scores.data = grad_scores.data_ptr();
+  out_scores.stride[2] = 1;
+  out_scores.stride[1] = score.size[2];
+  out_scores.stride[0] = score.size[1] * score.size[2];
+  const bool wide = score.dtype == DType::kFloat64;
+  for_items(batch * num_tokens, 2 * channels * from.element_size, [&](int64_t begin, int64_t end) {
+    kernels().fuse_backward(grad_rows, from, mean, wide, inverse, out, out_scores, begin, end);
+  });
+  return {grad_x, grad_scores};
+}
+
+Tensor gather_rows(const Tensor& x, const Tensor& index) {
+  const View from = float_view("x", x, {-1, -1, -1});
+  const View rows = index_view(index, from.size[0]);
+  for (int64_t b = 0; b < rows.size[0]; ++b) {
+    const int64_t* entry = static_cast<const int64_t*>(rows.data) + b * rows.stride[0];
+    for (int64_t r = 0; r < rows.size[1]; ++r, entry += rows.stride[1]) {
+      if (*entry < 0 || *entry >= from.size[1]) {
+        fail("index must hold rows in [0, ", from.size[1], "), got ", *entry);
+      }
+    }
+  }
+  Tensor out = new_empty(x, {from.size[0], rows.size[1], from.size[2]});
+  move_rows(from, rows, output_view(out, from));
+  return out;
+}
+
+void put_rows(const View* x, const View& tokens, const View* update, const int32_t* inverse,
+              const View& out) {
+  const int64_t row_bytes = out.size[2] * out.element_size;
+  for_items(out.size[0] * out.size[1], row_bytes, [&](int64_t begin, int64_t end) {
+    kernels().scatter_rows(x, tokens, update, inverse, out, begin, end);
+  });
+}
+
+Tensor gather_rows_backward(const Tensor& grad, const Tensor& index, int64_t num_tokens) {
+  const View rows = index_view(index, -1);
+  const View from = float_view("grad", grad, {rows.size[0], rows.size[1], -1});
+  if (num_tokens < 0) {
+    fail("num_tokens must not be negative, got ", num_tokens);
+  }
+  const int32_t* inverse = checked_inverse(rows, num_tokens);
+  Tensor out = new_empty(grad, {rows.size[0], num_tokens, from.size[2]});
+  put_rows(nullptr, from, nullptr, inverse, output_view(out, from));
+  return out;
+}
+
+Tensor scatter_back(const Tensor& x, const Tensor& tokens, const Tensor& index,
+                    const std::optional<Tensor>& update) {
+  const View skipped = float_view("x", x, {-1, -1, -1});
+  const int64_t batch = skipped.size[0], num_tokens = skipped.size[1], channels = skipped.size[2];
+  const View rows = index_view(index, batch);
+  const View moved = same_dtype_view("tokens", tokens, skipped, {batch, rows.size[1], channels});
+  View added{};
+  if (update) {
+    added = same_dtype_view("update", *update, skipped, {batch, channels});
+  }
+  const int32_t* inverse = checked_inverse(rows, num_tokens);
+  Tensor out = new_empty(x, {batch, num_tokens, channels});
+  put_rows(&skipped, moved, update ? &added : nullptr, inverse, output_view(out, skipped));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> scatter_back_backward(const Tensor& grad, const Tensor& index,
+                                                         bool has_update) {
+  const View from = float_view("grad", grad, {-1, -1, -1});
+  const int64_t batch = from.size[0], num_tokens = from.size[1], channels = from.size[2];
+  const View rows = index_view(index, batch);
+  const int32_t* inverse = checked_inverse(rows, num_tokens);
+  Tensor grad_x = new_empty(grad, {batch, num_tokens, channels});
+  Tensor grad_tokens = new_empty(grad, {batch, rows.size[1], channels});
+  Tensor grad_update = has_update ? new_empty(grad, {batch, channels}) : new_empty(grad, {0});
+  const View out_x = output_view(grad_x, from);
+  const View out_tokens = output_view(grad_tokens, from);
+  const View out_update = output_view(grad_update, from);
+  const int64_t blocks = column_blocks(batch, channels);
+  const int64_t image_bytes = num_tokens * channels * from.element_size;
+  for_items(batch * blocks, image_bytes / blocks, [&](int64_t begin, int64_t end) {
+    kernels().scatter_back_backward(from, inverse, out_x, out_tokens,
+                                    has_update ? &out_update : nullptr, blocks, begin, end);
+  });
+  return {grad_x, grad_tokens, grad_update};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(skipvit, CPU, library) {
+  library.impl("cls_scores", TORCH_BOX(&cls_scores));
+  library.impl("gather_topk", TORCH_BOX(&gather_topk));
+  library.impl("gather_topk_fuse", TORCH_BOX(&gather_topk_fuse));
+  library.impl("gather_topk_fuse_backward", TORCH_BOX(&gather_topk_fuse_backward));
+  library.impl("gather_rows", TORCH_BOX(&gather_rows));
+  library.impl("gather_rows_backward", TORCH_BOX(&gather_rows_backward));
+  library.impl("scatter_back", TORCH_BOX(&scatter_back));
+  library.impl("scatter_back_backward", TORCH_BOX(&scatter_back_backward));
+}
+
+}  // namespace
+}  // namespace skipvit
+
+PYBIND11_MODULE(_C, module) {
+  // Chosen here, so that a wrong SKIPVIT_CPU_ISA is an import error and not a failure in a loop.
+  const skipvit::CpuKernels& chosen = skipvit::cpu_kernels();
+  module.def("build_info", [chosen] {
+    pybind11::dict info;
+    info["version"] = SKIPVIT_VERSION;
+    info["compiler"] = SKIPVIT_COMPILER;
+    info["isa"] = chosen.isa;
+    info["compiled_isas"] = chosen.compiled;
+    return info;
+  });
+}

@@ -1,0 +1,781 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled once per instruction set, with SKIPVIT_ISA naming the namespace. Everything but the table
+// at the end is in an unnamed namespace and no library template is used: a weak symbol compiled for
+// AVX-512 could otherwise be the one the linker keeps for a machine without it.
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+namespace skipvit {
+namespace SKIPVIT_ISA {
+namespace {
+
+// ------------------------------------------------------------------------------- vectors of 16
+
+// One vector shape for every instruction set (one zmm, two ymm or four xmm registers), so that every
+// sum has the same order and the same bits everywhere.
+constexpr int64_t kLanes = 16;
+typedef float FloatVec __attribute__((vector_size(64)));
+typedef double DoubleVec __attribute__((vector_size(128)));
+typedef uint16_t Bits16 __attribute__((vector_size(32)));
+typedef uint32_t Bits32 __attribute__((vector_size(64)));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = FloatVec;
+};
+template <>
+struct VecOf<double> {
+  using type = DoubleVec;
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a cast keeps the bits");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline FloatVec widen(FloatVec v, float) { return v; }
+inline DoubleVec widen(DoubleVec v, double) { return v; }
+inline FloatVec widen(Bits16 v, BFloat) {
+  return bit_cast<FloatVec>(__builtin_convertvector(v, Bits32) << 16);
+}
+// Subnormals go through a subtraction of normal numbers, so flush-to-zero modes do not touch them.
+inline FloatVec widen(Bits16 v, Half) {
+  const Bits32 bits = __builtin_convertvector(v, Bits32);
+  const Bits32 magnitude = bits & 0x7fff;
+  const Bits32 normal = (magnitude << 13) + (112u << 23);
+  const Bits32 smallest = (magnitude << 13) + (113u << 23);
+  const Bits32 subnormal =
+      bit_cast<Bits32>(bit_cast<FloatVec>(smallest) - bit_cast<FloatVec>(Bits32{} + (113u << 23)));
+  Bits32 result = magnitude < 0x400 ? subnormal : normal;
+  result = magnitude >= 0x7c00 ? normal + (112u << 23) : result;
+  return bit_cast<FloatVec>(result | ((bits & 0x8000) << 16));
+}
+
+// Round to nearest even, NaN to the quiet NaN: as torch rounds.
+inline FloatVec narrow(FloatVec v, float) { return v; }
+inline DoubleVec narrow(DoubleVec v, double) { return v; }
+inline Bits16 narrow(FloatVec v, BFloat) {
+  const Bits32 bits = bit_cast<Bits32>(v);
+  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits32 result = (bits & 0x7fffffff) > 0x7f800000 ? Bits32{} + 0x7fc0 : rounded;
+  return __builtin_convertvector(result, Bits16);
+}
+inline Bits16 narrow(FloatVec v, Half) {
+  const Bits32 bits = bit_cast<Bits32>(v);
+  const Bits32 magnitude = bits & 0x7fffffff;
+  const Bits32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 leaves the result in units of 2**-24, float16's smallest step.
+  const Bits32 subnormal = bit_cast<Bits32>(bit_cast<FloatVec>(magnitude) + 0.5f) - 0x3f000000;
+  Bits32 result = magnitude < 0x38800000 ? subnormal : normal;
+  result = magnitude >= 0x47800000 ? Bits32{} + 0x7c00 : result;
+  result = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : result;
+  return __builtin_convertvector(result | ((bits >> 16) & 0x8000), Bits16);
+}
+
+inline FloatVec convert(FloatVec v, float) { return v; }
+inline DoubleVec convert(FloatVec v, double) { return __builtin_convertvector(v, DoubleVec); }
+inline DoubleVec convert(DoubleVec v, double) { return v; }
+inline FloatVec convert(DoubleVec v, float) { return __builtin_convertvector(v, FloatVec); }
+
+template <class T>
+struct StorageOf {
+  using type = Bits16;
+};
+template <>
+struct StorageOf<float> {
+  using type = FloatVec;
+};
+template <>
+struct StorageOf<double> {
+  using type = DoubleVec;
+};
+template <class T>
+using Storage = typename StorageOf<T>::type;
+
+// `count` of 16 elements as accumulators; the others are 0.
+template <class A, class T>
+inline Vec<A> load(const T* p, int64_t count) {
+  Storage<T> bits{};
+  if (count == kLanes) {
+    std::memcpy(&bits, p, sizeof(bits));
+  } else {
+    std::memcpy(&bits, p, count * sizeof(T));
+  }
+  return convert(widen(bits, T{}), A{});
+}
+
+template <class A, class T>
+inline void store(T* p, Vec<A> v, int64_t count) {
+  using Wide = std::conditional_t<sizeof(T) == 8, double, float>;
+  const Storage<T> bits = narrow(convert(v, Wide{}), T{});
+  if (count == kLanes) {
+    std::memcpy(p, &bits, sizeof(bits));
+  } else {
+    std::memcpy(p, &bits, count * sizeof(T));
+  }
+}
+
+// f(first, count) over n elements; count is the constant 16 except in the last call.
+template <class F>
+inline __attribute__((always_inline)) void for_lanes(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    f(i, kLanes);
+  }
+  if (i < n) {
+    f(i, n - i);
+  }
+}
+
+// Halves are added pairwise, so the order does not depend on the register width.
+template <class A>
+inline A sum_lanes(Vec<A> v) {
+  A lane[kLanes];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) {
+      lane[i] += lane[i + half];
+    }
+  }
+  return lane[0];
+}
+
+template <class A, class T>
+inline A dot(const A* x, const T* y, int64_t n) {
+  Vec<A> sum{};
+  for_lanes(n, [&](int64_t i, int64_t count) {
+    sum += load<A>(x + i, count) * load<A>(y + i, count);
+  });
+  return sum_lanes<A>(sum);
+}
+
+// e**v for v <= 0 within 2 units in the last place; NaN stays NaN, below -87.3 gives 0.
+inline FloatVec exp(FloatVec v) {
+  const IntVec underflow = v < -87.3f;
+  const FloatVec x = underflow ? FloatVec{} : v;
+  // Adding 1.5 * 2**23 leaves the nearest integer to x / ln 2 in the low bits.
+  const FloatVec shifted = x * 1.44269504f + 12582912.0f;
+  const FloatVec n = shifted - 12582912.0f;
+  const FloatVec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  FloatVec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const FloatVec power = bit_cast<FloatVec>((bit_cast<IntVec>(shifted) << 23) + (127 << 23));
+  const FloatVec result = p * power;
+  return underflow ? FloatVec{} : result;
+}
+inline DoubleVec exp(DoubleVec v) {
+  for (int64_t i = 0; i < kLanes; ++i) {
+    v[i] = std::exp(v[i]);
+  }
+  return v;
+}
+
+// ------------------------------------------------------------------------------- memory
+
+// Per-thread buffers that only grow: no allocation once the shapes have been seen.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 64;
+    if (bytes > capacity_) {
+      std::free(data_);
+      capacity_ = 0;
+      data_ = std::malloc(bytes);
+      if (data_ == nullptr) {
+        throw std::bad_alloc();
+      }
+      capacity_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t capacity_ = 0;
+};
+
+thread_local Scratch row_scratch;         // a row gathered from strided memory
+thread_local Scratch other_row_scratch;   // a second one
+thread_local Scratch accumulate_scratch;  // a row, or all scores of an image, as accumulators
+thread_local Scratch key_scratch;         // the sort keys of an image
+
+template <class T>
+inline T* at(const View& v, int64_t i, int64_t j = 0, int64_t k = 0) {
+  return static_cast<T*>(v.data) + i * v.stride[0] + j * v.stride[1] + k * v.stride[2];
+}
+
+inline char* address(const View& v, int64_t i, int64_t j, int64_t k = 0) {
+  return static_cast<char*>(v.data) +
+         (i * v.stride[0] + j * v.stride[1] + k * v.stride[2]) * v.element_size;
+}
+
+template <class Bits>
+inline void copy_strided(void* out, const void* in, int64_t stride, int64_t n) {
+  Bits* to = static_cast<Bits*>(out);
+  const Bits* from = static_cast<const Bits*>(in);
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = from[i * stride];
+  }
+}
+
+inline void copy_row(void* out, const void* in, int64_t stride, int64_t n, int64_t element_size) {
+  if (stride == 1 || n <= 1) {
+    std::memcpy(out, in, n * element_size);
+  } else if (element_size == 2) {
+    copy_strided<uint16_t>(out, in, stride, n);
+  } else if (element_size == 4) {
+    copy_strided<uint32_t>(out, in, stride, n);
+  } else {
+    copy_strided<uint64_t>(out, in, stride, n);
+  }
+}
+
+// The row itself where it is contiguous, else a copy of it.
+template <class T>
+inline const T* contiguous(const T* row, int64_t stride, int64_t n, Scratch& scratch) {
+  if (stride == 1 || n <= 1) {
+    return row;
+  }
+  T* copy = scratch.get<T>(n);
+  copy_row(copy, row, stride, n, sizeof(T));
+  return copy;
+}
+
+// f(T{}) for the element type of x.
+template <class F>
+inline void by_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kFloat16:
+      return f(Half{});
+    case DType::kBFloat16:
+      return f(BFloat{});
+    case DType::kFloat64:
+      return f(double{});
+  }
+}
+
+// f(T{}, A{}): A, the type of the sums, is double where `wide` says so, as it is for T = double.
+template <class F>
+inline void by_dtype_and_sum(DType dtype, bool wide, F f) {
+  by_dtype(dtype, [&](auto element) {
+    if constexpr (sizeof(element) < sizeof(double)) {
+      if (!wide) {
+        return f(element, float{});
+      }
+    }
+    f(element, double{});
+  });
+}
+
+// ------------------------------------------------------------------------------- cls_scores
+
+template <class T, class A>
+void cls_logits_of(const View& q, const View& k, A scale, A* logits, int64_t begin, int64_t end) {
+  const int64_t heads = k.size[1], tokens = k.size[2], width = k.size[3];
+  // timm's keys are a view of the qkv projection where the heads of one token are neighbours; other
+  // models hold the tokens of one head together. Either way the walk follows memory.
+  const bool heads_inside = k.stride[1] <= k.stride[2];
+  const int64_t inner = heads_inside ? heads : tokens;
+  A* query = accumulate_scratch.get<A>(heads * width);
+  int64_t image = -1;
+  for (int64_t item = begin; item < end;) {
+    const int64_t b = item / (heads * tokens);
+    const int64_t outer = item / inner % (heads * tokens / inner);
+    const int64_t first = item % inner;
+    const int64_t last = first + (end - item) < inner ? first + (end - item) : inner;
+    if (b != image) {
+      image = b;
+      for (int64_t h = 0; h < heads; ++h) {
+        const T* row = contiguous(at<T>(q, b, h), q.stride[2], width, row_scratch);
+        for_lanes(width, [&](int64_t i, int64_t count) {
+          store<A>(query + h * width + i, load<A>(row + i, count), count);
+        });
+      }
+    }
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t h = heads_inside ? i : outer;
+      const int64_t n = heads_inside ? outer : i;
+      const T* key = contiguous(at<T>(k, b, h, n), k.stride[3], width, row_scratch);
+      logits[(b * heads + h) * tokens + n] = scale * dot(query + h * width, key, width);
+    }
+    item += last - first;
+  }
+}
+
+void cls_logits(const View& q, const View& k, double scale, void* logits, int64_t begin,
+                int64_t end) {
+  by_dtype_and_sum(k.dtype, false, [&](auto element, auto sum) {
+    using A = decltype(sum);
+    cls_logits_of<decltype(element), A>(q, k, static_cast<A>(scale), static_cast<A*>(logits), begin,
+                                        end);
+  });
+}
+
+template <class A>
+void cls_softmax_mean_of(const A* logits, int64_t heads, int64_t tokens, int64_t num_prefix,
+                         float* out, int64_t begin, int64_t end) {
+  const int64_t padded = (tokens + kLanes - 1) / kLanes * kLanes;
+  A* weight = accumulate_scratch.get<A>(2 * padded);
+  A* mean = weight + padded;
+  for (int64_t b = begin; b < end; ++b) {
+    std::memset(mean, 0, padded * sizeof(A));
+    for (int64_t h = 0; h < heads; ++h) {
+      const A* row = logits + (b * heads + h) * tokens;
+      std::memcpy(weight, row, tokens * sizeof(A));
+      for (int64_t j = tokens; j < padded; ++j) {
+        weight[j] = -INFINITY;
+      }
+      Vec<A> largest = load<A>(weight, kLanes);
+      for (int64_t j = kLanes; j < padded; j += kLanes) {
+        const Vec<A> v = load<A>(weight + j, kLanes);
+        largest = v > largest ? v : largest;
+      }
+      A maximum = largest[0];
+      for (int64_t i = 1; i < kLanes; ++i) {
+        maximum = largest[i] > maximum ? largest[i] : maximum;
+      }
+      Vec<A> sums{};
+      for (int64_t j = 0; j < padded; j += kLanes) {
+        const Vec<A> e = exp(load<A>(weight + j, kLanes) - maximum);
+        sums += e;
+        store<A>(weight + j, e, kLanes);
+      }
+      const A sum = sum_lanes<A>(sums);
+      for (int64_t j = 0; j < padded; j += kLanes) {
+        store<A>(mean + j, load<A>(mean + j, kLanes) + load<A>(weight + j, kLanes) / sum, kLanes);
+      }
+    }
+    float* row = out + b * (tokens - num_prefix);
+    for (int64_t j = num_prefix; j < tokens; ++j) {
+      row[j - num_prefix] = static_cast<float>(mean[j] / static_cast<A>(heads));
+    }
+  }
+}
+
+void cls_softmax_mean(const void* logits, bool wide, int64_t heads, int64_t tokens,
+                      int64_t num_prefix, float* out, int64_t begin, int64_t end) {
+  if (wide) {
+    cls_softmax_mean_of(static_cast<const double*>(logits), heads, tokens, num_prefix, out, begin,
+                        end);
+  } else {
+    cls_softmax_mean_of(static_cast<const float*>(logits), heads, tokens, num_prefix, out, begin,
+                        end);
+  }
+}
+
+// ------------------------------------------------------------------------------- selection
+
+template <class T, class A>
+void head_mean_of(const View& scores, A* mean, int64_t begin, int64_t end) {
+  const int64_t heads = scores.size[1], n = scores.size[2];
+  for (int64_t b = begin; b < end; ++b) {
+    A* out = mean + b * n;
+    for (int64_t h = 0; h < heads; ++h) {
+      const T* row = contiguous(at<T>(scores, b, h), scores.stride[2], n, row_scratch);
+      for_lanes(n, [&](int64_t i, int64_t count) {
+        const Vec<A> score = load<A>(row + i, count);
+        store<A>(out + i, h == 0 ? score : load<A>(out + i, count) + score, count);
+      });
+    }
+    // A true division: the reference divides, and ranks agree only where the bits do.
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] /= static_cast<A>(heads);
+    }
+  }
+}
+
+void head_mean(const View& scores, void* mean, int64_t begin, int64_t end) {
+  by_dtype_and_sum(scores.dtype, false, [&](auto element, auto sum) {
+    using A = decltype(sum);
+    head_mean_of<decltype(element), A>(scores, static_cast<A*>(mean), begin, end);
+  });
+}
+
+// Integers that order as torch.sort orders floats: -0 equals +0, every NaN is the largest.
+inline int32_t sort_key(float score) {
+  const int32_t bits = bit_cast<int32_t>(score + 0.0f);
+  return score != score ? INT32_MAX : bits ^ ((bits >> 31) & INT32_MAX);
+}
+inline int64_t sort_key(double score) {
+  const int64_t bits = bit_cast<int64_t>(score + 0.0);
+  return score != score ? INT64_MAX : bits ^ ((bits >> 63) & INT64_MAX);
+}
+
+// int32 counts: their lanes are as wide as the keys. n < 2**31 is checked by the binding.
+template <class Key>
+inline int64_t count_at_least(const Key* keys, int64_t n, Key limit) {
+  int32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    count += keys[i] >= limit;
+  }
+  return count;
+}
+
+// The largest t with at least num_keep keys >= t, one bit a pass over keys that sit in L1; stops
+// early at a t that separates exactly num_keep. About 25 passes of n / 16 vectors for real scores,
+// where a sort of 196 floats takes ten times as long.
+template <class Key>
+inline Key threshold(const Key* keys, int64_t n, int64_t num_keep) {
+  constexpr int kBits = 8 * sizeof(Key);
+  // The first pass halves the signed range at zero.
+  Key t = count_at_least<Key>(keys, n, 0) >= num_keep ? 0 : static_cast<Key>(Key{1} << (kBits - 1));
+  for (int bit = kBits - 2; bit >= 0; --bit) {
+    const Key candidate = t | (Key{1} << bit);
+    const int64_t count = count_at_least(keys, n, candidate);
+    if (count >= num_keep) {
+      t = candidate;
+    }
+    if (count == num_keep) {
+      break;
+    }
+  }
+  return t;
+}
+
+template <class A>
+void select_topk_of(const A* mean, int64_t n, int64_t num_keep, int64_t num_prefix, int64_t* index,
+                    int64_t begin, int64_t end) {
+  using Key = decltype(sort_key(A{}));
+  Key* keys = key_scratch.get<Key>(n);
+  for (int64_t b = begin; b < end; ++b) {
+    int64_t* out = index + b * (num_prefix + num_keep);
+    for (int64_t p = 0; p < num_prefix; ++p) {
+      out[p] = p;
+    }
+    if (num_keep == 0) {
+      continue;
+    }
+    out += num_prefix;
+    for (int64_t j = 0; j < n; ++j) {
+      keys[j] = sort_key(mean[b * n + j]);
+    }
+    const Key t = threshold(keys, n, num_keep);
+    int64_t greater = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      greater += keys[j] > t;
+    }
+    // Among equal keys the first ones win. Every step writes, only a kept one advances.
+    int64_t equals_left = num_keep - greater;
+    for (int64_t j = 0, kept = 0; kept < num_keep; ++j) {
+      const bool equal = keys[j] == t;
+      out[kept] = num_prefix + j;
+      kept += (keys[j] > t) | (equal & (equals_left > 0));
+      equals_left -= equal;
+    }
+  }
+}
+
+void select_topk(const void* mean, bool wide, int64_t num_patches, int64_t num_keep,
+                 int64_t num_prefix, int64_t* index, int64_t begin, int64_t end) {
+  if (wide) {
+    select_topk_of(static_cast<const double*>(mean), num_patches, num_keep, num_prefix, index,
+                   begin, end);
+  } else {
+    select_topk_of(static_cast<const float*>(mean), num_patches, num_keep, num_prefix, index, begin,
+                   end);
+  }
+}
+
+// ------------------------------------------------------------------------------- row moves
+
+IndexCheck invert_index(const View& index, int64_t num_tokens, int32_t* inverse) {
+  for (int64_t b = 0; b < index.size[0]; ++b) {
+    int32_t* rank = inverse + b * num_tokens;
+    std::memset(rank, -1, num_tokens * sizeof(int32_t));
+    for (int64_t r = 0; r < index.size[1]; ++r) {
+      const int64_t row = *at<int64_t>(index, b, r);
+      if (row < 0 || row >= num_tokens) {
+        return {IndexCheck::kOutOfRange, b, row};
+      }
+      if (rank[row] >= 0) {
+        return {IndexCheck::kRepeated, b, row};
+      }
+      rank[row] = static_cast<int32_t>(r);
+    }
+  }
+  return {IndexCheck::kOk, 0, 0};
+}
+
+void gather_rows(const View& x, const View& index, const View& out, int64_t begin, int64_t end) {
+  const int64_t rows = index.size[1], channels = x.size[2];
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / rows, r = item % rows;
+    const int64_t row = *at<int64_t>(index, b, r);
+    copy_row(address(out, b, r), address(x, b, row), x.stride[2], channels, x.element_size);
+  }
+}
+
+template <class T, class A>
+inline void add_row(T* out, const T* x, const T* update, int64_t n) {
+  for_lanes(n, [&](int64_t i, int64_t count) {
+    store<A>(out + i, load<A>(x + i, count) + load<A>(update + i, count), count);
+  });
+}
+
+void scatter_rows(const View* x, const View& tokens, const View* update, const int32_t* inverse,
+                  const View& out, int64_t begin, int64_t end) {
+  const int64_t num_tokens = out.size[1], channels = out.size[2];
+  const int64_t element_size = out.element_size;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / num_tokens, row = item % num_tokens;
+    const int32_t r = inverse[item];
+    char* to = address(out, b, row);
+    if (r >= 0) {
+      copy_row(to, address(tokens, b, r), tokens.stride[2], channels, element_size);
+    } else if (x == nullptr) {
+      std::memset(to, 0, channels * element_size);
+    } else if (update == nullptr) {
+      copy_row(to, address(*x, b, row), x->stride[2], channels, element_size);
+    } else {
+      by_dtype_and_sum(out.dtype, false, [&](auto element, auto sum) {
+        using T = decltype(element);
+        add_row<T, decltype(sum)>(
+            reinterpret_cast<T*>(to),
+            contiguous(at<T>(*x, b, row), x->stride[2], channels, row_scratch),
+            contiguous(at<T>(*update, b), update->stride[1], channels, other_row_scratch),
+            channels);
+      });
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------- column sums
+
+struct Columns {
+  int64_t image, first, count;
+};
+
+// The item-th of `blocks` pieces per image of C channels, cut at whole vectors.
+inline Columns columns_of(int64_t item, int64_t blocks, int64_t channels) {
+  const int64_t vectors = (channels + kLanes - 1) / kLanes;
+  const int64_t block = item % blocks;
+  const int64_t first = vectors * block / blocks * kLanes;
+  const int64_t end = vectors * (block + 1) / blocks * kLanes;
+  return {item / blocks, first, (end < channels ? end : channels) - first};
+}
+
+// sum += weight * row, for up to four rows a pass over the accumulators: in order, as one by one.
+template <class T, class A>
+inline void add_weighted_rows(A* sum, const T* const* rows, const A* weights, int64_t num_rows,
+                              int64_t n) {
+  if (num_rows == 4) {
+    const T *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
+    const A w0 = weights[0], w1 = weights[1], w2 = weights[2], w3 = weights[3];
+    for_lanes(n, [&](int64_t i, int64_t count) {
+      Vec<A> v = load<A>(sum + i, count);
+      v += w0 * load<A>(r0 + i, count);
+      v += w1 * load<A>(r1 + i, count);
+      v += w2 * load<A>(r2 + i, count);
+      v += w3 * load<A>(r3 + i, count);
+      store<A>(sum + i, v, count);
+    });
+    return;
+  }
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const T* row = rows[r];
+    const A weight = weights[r];
+    for_lanes(n, [&](int64_t i, int64_t count) {
+      store<A>(sum + i, load<A>(sum + i, count) + weight * load<A>(row + i, count), count);
+    });
+  }
+}
+
+template <class T, class A, class W>
+void sum_dropped_of(const View& x, const W* mean, const int64_t* index, int64_t num_index,
+                    int64_t num_patches, const View& out, int64_t blocks, int64_t begin,
+                    int64_t end) {
+  const int64_t num_prefix = x.size[1] - num_patches;
+  for (int64_t item = begin; item < end; ++item) {
+    const Columns c = columns_of(item, blocks, x.size[2]);
+    const int64_t* kept = index + c.image * num_index + num_prefix;
+    const int64_t* kept_end = index + (c.image + 1) * num_index;
+    A* sum = accumulate_scratch.get<A>(c.count);
+    std::memset(sum, 0, c.count * sizeof(A));
+    T* copies = x.stride[2] == 1 ? nullptr : row_scratch.get<T>(4 * c.count);
+    const T* rows[4];
+    A weights[4];
+    int64_t pending = 0;
+    for (int64_t j = 0; j < num_patches; ++j) {
+      if (kept != kept_end && *kept == num_prefix + j) {
+        ++kept;
+        continue;
+      }
+      rows[pending] = at<T>(x, c.image, num_prefix + j, c.first);
+      weights[pending] = static_cast<A>(mean[c.image * num_patches + j]);
+      if (copies != nullptr) {
+        T* copy = copies + pending * c.count;
+        copy_row(copy, rows[pending], x.stride[2], c.count, sizeof(T));
+        rows[pending] = copy;
+      }
+      if (++pending == 4) {
+        add_weighted_rows(sum, rows, weights, pending, c.count);
+        pending = 0;
+      }
+    }
+    add_weighted_rows(sum, rows, weights, pending, c.count);
+    T* last = at<T>(out, c.image, out.size[1] - 1, c.first);
+    for_lanes(c.count, [&](int64_t i, int64_t count) {
+      store<A>(last + i, load<A>(sum + i, count), count);
+    });
+  }
+}
+
+void sum_dropped(const View& x, const void* mean, bool wide, const int64_t* index,
+                 int64_t num_index, int64_t num_patches, const View& out, int64_t blocks,
+                 int64_t begin, int64_t end) {
+  by_dtype_and_sum(x.dtype, wide, [&](auto element, auto sum) {
+    using T = decltype(element);
+    using A = decltype(sum);
+    if (wide) {
+      sum_dropped_of<T, A>(x, static_cast<const double*>(mean), index, num_index, num_patches, out,
+                           blocks, begin, end);
+    } else {
+      sum_dropped_of<T, A>(x, static_cast<const float*>(mean), index, num_index, num_patches, out,
+                           blocks, begin, end);
+    }
+  });
+}
+
+template <class T, class A>
+inline void scale_row(T* out, A weight, const A* row, int64_t n) {
+  for_lanes(n, [&](int64_t i, int64_t count) {
+    store<A>(out + i, weight * load<A>(row + i, count), count);
+  });
+}
+
+template <class T, class A>
+void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wide,
+                      const int32_t* inverse, const View& grad_x, const View& grad_scores,
+                      int64_t begin, int64_t end) {
+  const int64_t num_tokens = x.size[1], channels = x.size[2];
+  const int64_t heads = grad_scores.size[1], num_patches = grad_scores.size[2];
+  const int64_t num_prefix = num_tokens - num_patches;
+  A* grad_fused = accumulate_scratch.get<A>(channels);
+  int64_t image = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / num_tokens, row = item % num_tokens;
+    if (b != image) {
+      image = b;
+      const T* last = contiguous(at<T>(grad, b, grad.size[1] - 1), grad.stride[2], channels,
+                                 row_scratch);
+      for_lanes(channels, [&](int64_t i, int64_t count) {
+        store<A>(grad_fused + i, load<A>(last + i, count), count);
+      });
+    }
+    const int64_t patch = row - num_prefix;
+    const int32_t r = inverse[item];
+    A grad_mean = 0;
+    if (r >= 0) {
+      copy_row(at<T>(grad_x, b, row), at<T>(grad, b, r), grad.stride[2], channels, sizeof(T));
+    } else if (patch < 0) {
+      std::memset(at<T>(grad_x, b, row), 0, channels * sizeof(T));
+    } else {
+      const int64_t at_mean = b * num_patches + patch;
+      const A weight = static_cast<A>(wide ? static_cast<const double*>(mean)[at_mean]
+                                           : static_cast<const float*>(mean)[at_mean]);
+      scale_row(at<T>(grad_x, b, row), weight, grad_fused, channels);
+      const T* from = contiguous(at<T>(x, b, row), x.stride[2], channels, row_scratch);
+      grad_mean = dot(grad_fused, from, channels) / static_cast<A>(heads);
+    }
+    if (patch >= 0) {
+      by_dtype(grad_scores.dtype, [&](auto element) {
+        using S = decltype(element);
+        for (int64_t h = 0; h < heads; ++h) {
+          store<A>(at<S>(grad_scores, b, h, patch), Vec<A>{} + grad_mean, 1);
+        }
+      });
+    }
+  }
+}
+
+void fuse_backward(const View& grad, const View& x, const void* mean, bool wide,
+                   const int32_t* inverse, const View& grad_x, const View& grad_scores,
+                   int64_t begin, int64_t end) {
+  by_dtype_and_sum(x.dtype, wide, [&](auto element, auto sum) {
+    fuse_backward_of<decltype(element), decltype(sum)>(grad, x, mean, wide, inverse, grad_x,
+                                                       grad_scores, begin, end);
+  });
+}
+
+template <class T, class A>
+void scatter_back_backward_of(const View& grad, const int32_t* inverse, const View& grad_x,
+                              const View& grad_tokens, const View* grad_update, int64_t blocks,
+                              int64_t begin, int64_t end) {
+  const int64_t num_tokens = grad.size[1];
+  for (int64_t item = begin; item < end; ++item) {
+    const Columns c = columns_of(item, blocks, grad.size[2]);
+    A* sum = accumulate_scratch.get<A>(c.count);
+    std::memset(sum, 0, c.count * sizeof(A));
+    for (int64_t row = 0; row < num_tokens; ++row) {
+      const T* from = at<T>(grad, c.image, row, c.first);
+      T* to = at<T>(grad_x, c.image, row, c.first);
+      const int32_t r = inverse[c.image * num_tokens + row];
+      if (r >= 0) {
+        copy_row(at<T>(grad_tokens, c.image, r, c.first), from, grad.stride[2], c.count, sizeof(T));
+        std::memset(to, 0, c.count * sizeof(T));
+        continue;
+      }
+      copy_row(to, from, grad.stride[2], c.count, sizeof(T));
+      if (grad_update != nullptr) {
+        for_lanes(c.count, [&](int64_t i, int64_t count) {
+          store<A>(sum + i, load<A>(sum + i, count) + load<A>(to + i, count), count);
+        });
+      }
+    }
+    if (grad_update != nullptr) {
+      T* out = at<T>(*grad_update, c.image, c.first);
+      for_lanes(c.count, [&](int64_t i, int64_t count) {
+        store<A>(out + i, load<A>(sum + i, count), count);
+      });
+    }
+  }
+}
+
+void scatter_back_backward(const View& grad, const int32_t* inverse, const View& grad_x,
+                           const View& grad_tokens, const View* grad_update, int64_t blocks,
+                           int64_t begin, int64_t end) {
+  by_dtype_and_sum(grad.dtype, false, [&](auto element, auto sum) {
+    scatter_back_backward_of<decltype(element), decltype(sum)>(
+        grad, inverse, grad_x, grad_tokens, grad_update, blocks, begin, end);
+  });
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    cls_logits,  cls_softmax_mean, head_mean,     select_topk,  invert_index,
+    gather_rows, sum_dropped,      fuse_backward, scatter_rows, scatter_back_backward,
+};
+
+}  // namespace SKIPVIT_ISA
+}  // namespace skipvit

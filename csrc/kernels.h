@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernels, free of torch: raw pointers, sizes and strides in, bytes out.
+//
+// kernels.cpp is compiled once per instruction set; cpu_kernels() picks one table at run time.
+// Every function works on a range [begin, end) of independent items, so the caller decides how to
+// spread them over threads. The result never depends on the split, nor on the instruction set: sums
+// run in a fixed order of 64-byte vectors and multiplications are not contracted into FMAs.
+#pragma once
+
+#include <cstdint>
+
+namespace skipvit {
+
+enum class DType : int { kFloat32, kFloat16, kBFloat16, kFloat64 };
+
+// A tensor of up to four dimensions; strides in elements, any value including 0.
+struct View {
+  void* data;
+  DType dtype;
+  int64_t element_size;
+  int64_t size[4];
+  int64_t stride[4];
+};
+
+// The rows that are not valid in an index (B, M); `ok` when there are none.
+struct IndexCheck {
+  enum Kind { kOk, kOutOfRange, kRepeated } kind;
+  int64_t image;
+  int64_t row;
+};
+
+struct Kernels {
+  // logits (B, H, N) = scale * q (B, H, D) . k (B, H, N, D), float32 (float64 for float64).
+  // Items: the B*H*N dot products, in the order in which k lies in memory.
+  void (*cls_logits)(const View& q, const View& k, double scale, void* logits, int64_t begin,
+                     int64_t end);
+
+  // out (B, N-P) = mean over heads of softmax over all N keys, prefix columns left out.
+  // Items: images. `wide` says that logits are float64.
+  void (*cls_softmax_mean)(const void* logits, bool wide, int64_t heads, int64_t tokens,
+                           int64_t num_prefix, float* out, int64_t begin, int64_t end);
+
+  // mean (B, n) = scores (B, H, n) averaged over H in float32 (float64 for float64). Items: images.
+  void (*head_mean)(const View& scores, void* mean, int64_t begin, int64_t end);
+
+  // index (B, P+K): 0..P-1, then P + the positions of the K largest of mean (B, n), ascending.
+  // Items: images. `wide` says that mean is float64.
+  void (*select_topk)(const void* mean, bool wide, int64_t num_patches, int64_t num_keep,
+                      int64_t num_prefix, int64_t* index, int64_t begin, int64_t end);
+
+  // inverse (B, N): the r with index[b, r] == row, or -1. Stops at the first invalid entry.
+  IndexCheck (*invert_index)(const View& index, int64_t num_tokens, int32_t* inverse);
+
+  // out[b, r] = x[b, index[b, r]]. Items: the B*M rows. out may have more than M rows per image.
+  void (*gather_rows)(const View& x, const View& index, const View& out, int64_t begin,
+                      int64_t end);
+
+  // The last row of out[b] = sum over patches outside index of mean * row of x, ascending.
+  // Items: (image, column block) pairs.
+  void (*sum_dropped)(const View& x, const void* mean, bool wide, const int64_t* index,
+                      int64_t num_index, int64_t num_patches, const View& out, int64_t blocks,
+                      int64_t begin, int64_t end);
+
+  // grad_x[b, row] = grad[b, inverse] for kept rows, mean * grad[b, last] for dropped patches;
+  // grad_scores (B, H, n) = x row . grad[b, last] / H for dropped patches and 0 for kept ones.
+  // Items: the B*N rows of x.
+  void (*fuse_backward)(const View& grad, const View& x, const void* mean, bool wide,
+                        const int32_t* inverse, const View& grad_x, const View& grad_scores,
+                        int64_t begin, int64_t end);
+
+  // out[b, row] = tokens[b, inverse] where inverse >= 0, else x[b, row] (+ update[b]);
+  // without x the other rows are 0. Items: the B*N rows of out.
+  void (*scatter_rows)(const View* x, const View& tokens, const View* update,
+                       const int32_t* inverse, const View& out, int64_t begin, int64_t end);
+
+  // grad_x = grad with the rows of the index zeroed, grad_tokens = those rows, and grad_update (B, C),
+  // where given, the sum of the other rows, ascending. Items: (image, column block) pairs.
+  void (*scatter_back_backward)(const View& grad, const int32_t* inverse, const View& grad_x,
+                                const View& grad_tokens, const View* grad_update, int64_t blocks,
+                                int64_t begin, int64_t end);
+};
+
+struct CpuKernels {
+  const Kernels* table;
+  const char* isa;       // "baseline", "avx2" or "avx512"
+  const char* compiled;  // the names compiled in, separated by commas
+};
+
+// The best table this machine can run, or the one named by SKIPVIT_CPU_ISA (read once); throws
+// std::runtime_error when that one is unknown, not compiled in or not supported here.
+const CpuKernels& cpu_kernels();
+
+}  // namespace skipvit
