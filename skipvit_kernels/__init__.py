@@ -8,6 +8,7 @@ The operators `cls_scores`, `gather_topk`, `gather_topk_fuse`, `gather_rows` and
 torch alone; `patch` and what goes with it need timm.
 """
 
+from skipvit_kernels import backends as _backends  # noqa: F401  (registers the kernels)
 from skipvit_kernels.arithmetic import ViTShape, ideal_speedup, macs
 from skipvit_kernels.config import SkipConfig
 from skipvit_kernels.ops import (

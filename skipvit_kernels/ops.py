@@ -71,6 +71,11 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _index_error(error: RuntimeError) -> Exception:
+    """The kernels check an index where it costs nothing; torch makes theirs a RuntimeError."""
+    return ValueError(str(error)) if str(error).startswith("index must") else error
+
+
 # ---------------------------------------------------------------------------- cls_scores
 
 
@@ -169,9 +174,10 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     checks.shape("x", x, "(B, N, C)", None, None, None)
     checks.floating("x", x)
     checks.index(index, x, "x")
-    if _wants_grad(x):
-        return _GatherRows.apply(x, index)
-    return _gather_rows(x, index)
+    try:
+        return _GatherRows.apply(x, index) if _wants_grad(x) else _gather_rows(x, index)
+    except RuntimeError as error:
+        raise _index_error(error) from None
 
 
 # --------------------------------------------------------------------------- gather_topk
@@ -391,6 +397,9 @@ def scatter_back(
         checks.shape("update", update, f"({batch}, {channels})", batch, channels)
         checks.same_dtype("update", update, "x", x)
         checks.same_device("update", update, "x", x)
-    if _wants_grad(x, tokens, update):
-        return _ScatterBack.apply(x, tokens, index, update)
-    return _scatter_back(x, tokens, index, update)
+    try:
+        if _wants_grad(x, tokens, update):
+            return _ScatterBack.apply(x, tokens, index, update)
+        return _scatter_back(x, tokens, index, update)
+    except RuntimeError as error:
+        raise _index_error(error) from None

@@ -1,0 +1,57 @@
+"""The backends that the shared operator suite runs through, and what each one lacks here."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+REQUIRED = frozenset(filter(None, os.environ.get("SKIPVIT_REQUIRE", "").split(",")))
+ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# (backend, operator) -> how often the suite launched it, for the summary at the end.
+launches: collections.Counter[tuple[str, str]] = collections.Counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A module with launchers under the operators' names."""
+
+    name: str
+    module: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    lacks: Callable[[Any], str | None]  # given the module; why it cannot run here, or None
+
+    def launcher(self, operator: str) -> Callable[..., Any]:
+        module = importlib.import_module(self.module)
+        missing = self.lacks(module)
+        if missing:
+            if self.name in REQUIRED:
+                pytest.fail(f"backend {self.name} is required and cannot run: {missing}")
+            pytest.skip(f"backend {self.name} cannot run: {missing}")
+        launches[self.name, operator] += 1
+        return getattr(module, operator)
+
+
+BACKENDS = {
+    "cpu": Backend(
+        "cpu",
+        "skipvit_kernels.backends.cpu",
+        "cpu",
+        ALL_DTYPES,
+        lambda module: module.unavailable_reason(),
+    ),
+}
+
+
+@functools.cache
+def ulp(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps

@@ -1,0 +1,26 @@
+import pytest
+import torch
+
+import backend_matrix
+
+
+@pytest.fixture
+def poisoned():
+    """Every freshly allocated tensor holds NaN (integers: the largest value) until written."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which kernels this run really launched."""
+    if backend_matrix.launches:
+        terminalreporter.section("kernels exercised by the operator suite")
+        for (backend, operator), count in sorted(backend_matrix.launches.items()):
+            terminalreporter.line(f"{backend:8} {operator:28} {count:5} tests")

@@ -1,0 +1,86 @@
+"""The specification against loops that spell out the contract, entry by entry."""
+
+import math
+
+import pytest
+import torch
+
+from skipvit_kernels import reference
+
+NAN, INF = math.nan, math.inf
+
+
+def kept_by_loop(scores: list[float], num_keep: int) -> list[int]:
+    """Largest first, NaN above all, equal ones by position; then in ascending position."""
+
+    def rank(position: int) -> tuple[int, float, int]:
+        score = scores[position]
+        return (0, 0.0, position) if math.isnan(score) else (1, -score, position)
+
+    return sorted(sorted(range(len(scores)), key=rank)[:num_keep])
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [0.3, 0.1, 0.2, 0.4],
+        [1.0, 1.0, 1.0, 1.0],
+        [0.0, -0.0, 0.0, -0.0],
+        [0.1, NAN, 0.3, NAN],
+        [NAN, NAN, NAN, NAN],
+        [INF, -INF, INF, 0.0],
+        [-INF, -INF, NAN, INF],
+    ],
+)
+def test_select_keeps_the_largest_lower_position_first(scores):
+    for num_keep in range(len(scores) + 1):
+        kept, dropped = reference.select(torch.tensor([scores]), num_keep)
+        assert kept[0].tolist() == kept_by_loop(scores, num_keep)
+        assert sorted(kept[0].tolist() + dropped[0].tolist()) == list(range(len(scores)))
+
+
+def test_heads_are_averaged_before_the_ranking():
+    # Each head alone ranks another patch first.
+    scores = torch.tensor([[[0.9, 0.6, 0.0], [0.0, 0.6, 0.9]]])
+    _, index = reference.gather_topk(torch.randn(1, 4, 2), scores, 1)
+    assert index.tolist() == [[0, 2]]
+
+
+def test_cls_scores_is_the_cls_row_of_the_attention_map():
+    batch, heads, num_tokens, width, prefix = 2, 3, 7, 4, 2
+    q, k = torch.randn(batch, heads, width).double(), torch.randn(batch, heads, 7, width).double()
+    got = reference.cls_scores(q, k, num_prefix_tokens=prefix)
+    for b in range(batch):
+        expected = [0.0] * num_tokens
+        for h in range(heads):
+            logits = [
+                sum(float(q[b, h, d] * k[b, h, n, d]) for d in range(width)) / width**0.5
+                for n in range(num_tokens)
+            ]
+            total = sum(math.exp(logit) for logit in logits)
+            for n in range(num_tokens):
+                expected[n] += math.exp(logits[n]) / total / heads
+        assert got[b].tolist() == pytest.approx(expected[prefix:], rel=1e-6)  # float32 output
+
+
+def test_rows_move_and_move_back():
+    x = torch.randn(2, 6, 3)
+    scores = torch.tensor([[0.1, 0.5, 0.3, 0.2, 0.4], [0.5, 0.1, 0.2, 0.3, 0.4]])
+    tokens, index = reference.gather_topk(x, scores, 2)
+    assert index.tolist() == [[0, 2, 5], [0, 1, 5]]
+    update = torch.randn(2, 3)
+    back = reference.scatter_back(x, tokens * 2, index, update=update)
+    for b in range(2):
+        for n in range(6):
+            expected = 2 * x[b, n] if n in index[b] else x[b, n] + update[b]
+            assert torch.equal(back[b, n], expected)
+
+
+def test_the_fused_row_sums_the_dropped_ones_only():
+    x = torch.randn(1, 5, 3)
+    x[0, 2] = NAN  # kept: must not reach the fused row, not even times zero
+    scores = torch.tensor([[0.1, 0.9, 0.3, 0.2]])
+    tokens, index = reference.gather_topk_fuse(x, scores, 2)
+    assert index.tolist() == [[0, 2, 3]]
+    expected = 0.1 * x[0, 1] + 0.2 * x[0, 4]
+    assert torch.allclose(tokens[0, 3], expected, rtol=4 * torch.finfo(torch.float32).eps)
