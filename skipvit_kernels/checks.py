@@ -11,12 +11,22 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def shape(name: str, tensor: Tensor, expected: str, *sizes: int | None) -> None:
-    """`sizes`: one entry a dimension, None for any size; `expected` says it in words."""
-    if tensor.dim() != len(sizes) or any(
-        want is not None and want != have for want, have in zip(sizes, tensor.shape, strict=True)
-    ):
-        raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+def shape(name: str, tensor: Tensor, *sizes: int | str) -> None:
+    """`sizes`: what each dimension must be, or the letter of one that may be anything.
+
+    Nothing is formatted before it is needed: a symbolic size in a string makes torch.compile
+    specialise on its value.
+    """
+    if not _has_shape(tensor, sizes):
+        expected = ", ".join(map(str, sizes))
+        raise ValueError(f"{name} must have shape ({expected}), got {tuple(tensor.shape)}")
+
+
+def _has_shape(tensor: Tensor, sizes: tuple[int | str, ...]) -> bool:
+    return tensor.dim() == len(sizes) and all(
+        isinstance(want, str) or want == have
+        for want, have in zip(sizes, tensor.shape, strict=True)
+    )
 
 
 def floating(name: str, tensor: Tensor) -> None:
@@ -54,20 +64,20 @@ def count(name: str, value: int, limit: int) -> None:
 
 def scores(value: Tensor, x: Tensor, num_keep: int, num_prefix_tokens: int) -> None:
     """Scores (B, n) or (B, H, n) that select `num_keep` of the patches of x (B, P + n, C)."""
-    shape("x", x, "(B, N, C)", None, None, None)
+    shape("x", x, "B", "N", "C")
     floating("x", x)
     floating("scores", value)
     same_device("scores", value, "x", x)
     batch, num_tokens, _ = x.shape
     count("num_prefix_tokens", num_prefix_tokens, num_tokens)
     num_patches = num_tokens - num_prefix_tokens
-    expected = f"({batch}, {num_patches}) or ({batch}, H, {num_patches})"
-    if value.dim() == 3:
-        shape("scores", value, expected, batch, None, num_patches)
-        if value.shape[1] == 0:
-            raise ValueError(f"scores must have at least one head, got {tuple(value.shape)}")
-    else:
-        shape("scores", value, expected, batch, num_patches)
+    if not _has_shape(value, (batch, num_patches)) and not (
+        _has_shape(value, (batch, "H", num_patches)) and value.shape[1] > 0
+    ):
+        raise ValueError(
+            f"scores must have shape ({batch}, {num_patches}) or ({batch}, H, {num_patches}) with "
+            f"at least one head, got {tuple(value.shape)}"
+        )
     count("num_keep", num_keep, num_patches)
 
 
@@ -75,7 +85,7 @@ def index(value: Tensor, rows: Tensor, rows_name: str) -> None:
     """An index (B, M) of rows of `rows` (B, N, C)."""
     int64("index", value)
     same_device("index", value, rows_name, rows)
-    shape("index", value, f"({rows.shape[0]}, M)", rows.shape[0], None)
+    shape("index", value, rows.shape[0], "M")
 
 
 def _dtype(tensor: Tensor) -> str:

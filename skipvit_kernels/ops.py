@@ -110,9 +110,9 @@ def cls_scores(
     Raises:
         ValueError: on a wrong shape, device or count. TypeError: on a wrong dtype.
     """
-    checks.shape("q", q, "(B, H, D)", None, None, None)
+    checks.shape("q", q, "B", "H", "D")
     batch, heads, width = q.shape
-    checks.shape("k", k, f"({batch}, {heads}, N, {width})", batch, heads, None, width)
+    checks.shape("k", k, batch, heads, "N", width)
     if heads == 0 or width == 0:
         raise ValueError(f"q must have at least one head of width 1, got {tuple(q.shape)}")
     checks.floating("q", q)
@@ -121,8 +121,9 @@ def cls_scores(
     checks.count("num_prefix_tokens", num_prefix_tokens, k.shape[2])
     if scale is None:
         scale = width**-0.5
-    with torch.no_grad():
-        return _cls_scores(q, k, scale, num_prefix_tokens)
+    if _wants_grad(q, k):
+        q, k = q.detach(), k.detach()
+    return _cls_scores(q, k, scale, num_prefix_tokens)
 
 
 # --------------------------------------------------------------------------- gather_rows
@@ -171,7 +172,7 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     Raises:
         ValueError: on a wrong shape, device or row. TypeError: on a wrong dtype.
     """
-    checks.shape("x", x, "(B, N, C)", None, None, None)
+    checks.shape("x", x, "B", "N", "C")
     checks.floating("x", x)
     checks.index(index, x, "x")
     try:
@@ -385,16 +386,15 @@ def scatter_back(
     Raises:
         ValueError: on a wrong shape, device or row. TypeError: on a wrong dtype.
     """
-    checks.shape("x", x, "(B, N, C)", None, None, None)
+    checks.shape("x", x, "B", "N", "C")
     checks.floating("x", x)
     checks.index(index, x, "x")
     batch, _, channels = x.shape
-    expected = f"({batch}, {index.shape[1]}, {channels})"
-    checks.shape("tokens", tokens, expected, batch, index.shape[1], channels)
+    checks.shape("tokens", tokens, batch, index.shape[1], channels)
     checks.same_dtype("tokens", tokens, "x", x)
     checks.same_device("tokens", tokens, "x", x)
     if update is not None:
-        checks.shape("update", update, f"({batch}, {channels})", batch, channels)
+        checks.shape("update", update, batch, channels)
         checks.same_dtype("update", update, "x", x)
         checks.same_device("update", update, "x", x)
     try:
