@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators under torch's CPU dispatch key, over torch's stable ABI: one build serves every torch
-// from 2.11 on. Shapes, strides and threads are settled here; the arithmetic is in kernels.cpp.
+// The operators under torch's CPU dispatch key, over torch's stable ABI: one build serves every
+// torch from 2.11 on. Shapes, strides and threads are settled here; the arithmetic is in
+// kernels.cpp.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,7 +11,6 @@
 #include <memory>
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -25,13 +25,14 @@ using torch::stable::Tensor;
 
 const Kernels& kernels() { return *cpu_kernels().table; }
 
-// std::invalid_argument arrives in Python as ValueError. Only throw it outside of parallel_for, where
-// torch replaces the message by its own.
+// Raises ValueError. (std::invalid_argument arrives as RuntimeError from torch 2.15 on; this
+// arrives as it is in 2.11, 2.13 and 2.15.) Only outside of parallel_for, where torch replaces the
+// message.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
-  throw std::invalid_argument(message.str());
+  throw pybind11::value_error(message.str());
 }
 
 std::string shape_of(const Tensor& t) {
@@ -211,9 +212,8 @@ Tensor cls_scores(const Tensor& q, const Tensor& k, double scale, int64_t num_pr
 
 void move_rows(const View& x, const View& index, const View& out) {
   const int64_t row_bytes = x.size[2] * x.element_size;
-  for_items(index.size[0] * index.size[1], row_bytes, [&](int64_t begin, int64_t end) {
-    kernels().gather_rows(x, index, out, begin, end);
-  });
+  for_items(index.size[0] * index.size[1], row_bytes,
+            [&](int64_t begin, int64_t end) { kernels().gather_rows(x, index, out, begin, end); });
 }
 
 struct Selection {
@@ -229,9 +229,8 @@ struct Selection {
 const void* mean_scores(const View& scores) {
   const int64_t batch = scores.size[0], n = scores.size[2];
   void* mean = caller_scratch<Byte16>((batch * n * 8 + 15) / 16);
-  for_items(batch, scores.size[1] * n * scores.element_size, [&](int64_t begin, int64_t end) {
-    kernels().head_mean(scores, mean, begin, end);
-  });
+  for_items(batch, scores.size[1] * n * scores.element_size,
+            [&](int64_t begin, int64_t end) { kernels().head_mean(scores, mean, begin, end); });
   return mean;
 }
 

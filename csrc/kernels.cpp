@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set, with SKIPVIT_ISA naming the namespace. Everything but the table
-// at the end is in an unnamed namespace and no library template is used: a weak symbol compiled for
-// AVX-512 could otherwise be the one the linker keeps for a machine without it.
+// Compiled once per instruction set, with SKIPVIT_ISA naming the namespace. Everything but the
+// table at the end is in an unnamed namespace and no library template is used: a weak symbol
+// compiled for AVX-512 could otherwise be the one the linker keeps for a machine without it.
 #include "kernels.h"
 
 #include <cmath>
@@ -16,8 +16,8 @@ namespace {
 
 // ------------------------------------------------------------------------------- vectors of 16
 
-// One vector shape for every instruction set (one zmm, two ymm or four xmm registers), so that every
-// sum has the same order and the same bits everywhere.
+// One vector shape for every instruction set (one zmm, two ymm or four xmm registers), so that
+// every sum has the same order and the same bits everywhere.
 constexpr int64_t kLanes = 16;
 typedef float FloatVec __attribute__((vector_size(64)));
 typedef double DoubleVec __attribute__((vector_size(128)));
@@ -163,9 +163,8 @@ inline A sum_lanes(Vec<A> v) {
 template <class A, class T>
 inline A dot(const A* x, const T* y, int64_t n) {
   Vec<A> sum{};
-  for_lanes(n, [&](int64_t i, int64_t count) {
-    sum += load<A>(x + i, count) * load<A>(y + i, count);
-  });
+  for_lanes(
+      n, [&](int64_t i, int64_t count) { sum += load<A>(x + i, count) * load<A>(y + i, count); });
   return sum_lanes<A>(sum);
 }
 
@@ -685,8 +684,8 @@ void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wi
     const int64_t b = item / num_tokens, row = item % num_tokens;
     if (b != image) {
       image = b;
-      const T* last = contiguous(at<T>(grad, b, grad.size[1] - 1), grad.stride[2], channels,
-                                 row_scratch);
+      const T* last =
+          contiguous(at<T>(grad, b, grad.size[1] - 1), grad.stride[2], channels, row_scratch);
       for_lanes(channels, [&](int64_t i, int64_t count) {
         store<A>(grad_fused + i, load<A>(last + i, count), count);
       });
@@ -764,8 +763,8 @@ void scatter_back_backward(const View& grad, const int32_t* inverse, const View&
                            const View& grad_tokens, const View* grad_update, int64_t blocks,
                            int64_t begin, int64_t end) {
   by_dtype_and_sum(grad.dtype, false, [&](auto element, auto sum) {
-    scatter_back_backward_of<decltype(element), decltype(sum)>(
-        grad, inverse, grad_x, grad_tokens, grad_update, blocks, begin, end);
+    scatter_back_backward_of<decltype(element), decltype(sum)>(grad, inverse, grad_x, grad_tokens,
+                                                               grad_update, blocks, begin, end);
   });
 }
 

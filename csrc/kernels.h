@@ -73,8 +73,8 @@ struct Kernels {
   void (*scatter_rows)(const View* x, const View& tokens, const View* update,
                        const int32_t* inverse, const View& out, int64_t begin, int64_t end);
 
-  // grad_x = grad with the rows of the index zeroed, grad_tokens = those rows, and grad_update (B, C),
-  // where given, the sum of the other rows, ascending. Items: (image, column block) pairs.
+  // grad_x = grad with the rows of the index zeroed, grad_tokens = those rows, and grad_update (B,
+  // C), where given, the sum of the other rows, ascending. Items: (image, column block) pairs.
   void (*scatter_back_backward)(const View& grad, const int32_t* inverse, const View& grad_x,
                                 const View& grad_tokens, const View* grad_update, int64_t blocks,
                                 int64_t begin, int64_t end);
