@@ -1,0 +1,73 @@
+"""Options of the benchmarks and the table at the end: pytest-benchmark cannot show these columns."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COLUMNS = (
+    *("operator", "shape", "dtype", "threads", "ours_us", "best_torch_us", "best_torch"),
+    *("speedup", "GB_s", "share_of_copy"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("skipvit benchmarks")
+    group.addoption("--summary-csv", type=Path, help="write the table of the operators to this file")
+    group.addoption("--full", action="store_true", help="every shape, not only the usual ones")
+
+
+def summarise(benchmarks: list[Any]) -> list[dict[str, Any]]:
+    """One row for each group that has our kernel, at least one rival, and the copy."""
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    for bench in benchmarks:
+        if not bench.has_error and "provider" in bench.extra_info:
+            groups[bench.group][bench.extra_info["provider"]] = bench
+    rows = []
+    for providers in groups.values():
+        rivals = {name: b.stats.min for name, b in providers.items() if name not in ("ours", "copy")}
+        if "ours" not in providers or "copy" not in providers or not rivals:
+            continue
+        ours, best = providers["ours"], min(rivals, key=lambda name: rivals[name])
+        info = ours.extra_info
+        rows.append(
+            {
+                "operator": info["operator"],
+                "shape": info["shape"],
+                "dtype": info["dtype"],
+                "threads": info["threads"],
+                "ours_us": round(ours.stats.min * 1e6, 1),
+                "best_torch_us": round(rivals[best] * 1e6, 1),
+                "best_torch": best,
+                "speedup": round(rivals[best] / ours.stats.min, 2),
+                "GB_s": round(info["bytes"] / ours.stats.min / 1e9, 1),
+                "share_of_copy": round(providers["copy"].stats.min / ours.stats.min, 2),
+            }
+        )
+    return rows
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    rows = summarise(session.benchmarks) if session is not None else []
+    if not rows:
+        return
+    text = [COLUMNS, *(tuple(str(row[c]) for c in COLUMNS) for row in rows)]
+    widths = [max(len(line[i]) for line in text) for i in range(len(COLUMNS))]
+    terminalreporter.section(f"operators, minima; load {os.getloadavg()[0]:.1f}")
+    for line in text:
+        terminalreporter.write_line(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
+    path = config.getoption("--summary-csv")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
