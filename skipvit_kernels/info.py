@@ -1,0 +1,110 @@
+"""skipvit info: which kernel runs for every operator on every device, and why not another."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+
+from skipvit_kernels import backends, ops
+
+# torch's dispatch key: the module of `backends` that registers under it, and what it brings.
+_BACKENDS = {
+    "CPU": ("cpu", "C++"),
+    "CUDA": ("triton", "Triton"),
+    "PrivateUse1": ("npu", "AscendC"),
+}
+FALLBACK = "PyTorch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What runs when an operator is called on tensors of one device.
+
+    Attributes:
+        operator: a name of `ops.SCHEMAS`.
+        key: torch's dispatch key: CPU, CUDA (NVIDIA and AMD) or PrivateUse1 (Ascend).
+        runs: "C++", "Triton", "AscendC", or "PyTorch" where the reference stands in.
+        reason: why the reference stands in; None where it does not.
+    """
+
+    operator: str
+    key: str
+    runs: str
+    reason: str | None
+
+
+def kernels() -> list[Kernel]:
+    """One `Kernel` for each operator and dispatch key, as torch's dispatcher has them now."""
+    return [_kernel(operator, key) for operator in ops.SCHEMAS for key in _BACKENDS]
+
+
+def _kernel(operator: str, key: str) -> Kernel:
+    module_name, language = _BACKENDS[key]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"skipvit::{operator}", key):
+        return Kernel(operator, key, language, None)
+    backend = getattr(backends, module_name, None)
+    if backend is None:
+        reason = f"this version has no {language} kernels"
+    else:
+        reason = backend.unavailable_reason() or f"the {language} kernels do not include it"
+    return Kernel(operator, key, FALLBACK, reason)
+
+
+def versions() -> dict[str, str]:
+    """What a bug report needs: versions by package, the CPU, its threads, the C++ build."""
+    found = {name: _version(name) for name in ("skipvit_kernels", "torch", "timm", "triton")}
+    found["Python"] = platform.python_version()
+    found["CPU"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        found["CUDA device"] = torch.cuda.get_device_name()
+    if backends.cpu.unavailable_reason() is None:
+        found["C++ kernels"] = ", ".join(
+            f"{name} {value}" for name, value in backends.cpu.build_info().items()
+        )
+    return found
+
+
+def text() -> str:
+    """Both, as `skipvit info` prints them."""
+    table = {(kernel.operator, kernel.key): kernel for kernel in kernels()}
+    width = max(map(len, ops.SCHEMAS)) + 2
+    lines = ["operator".ljust(width) + "".join(key.ljust(13) for key in _BACKENDS)]
+    for operator in ops.SCHEMAS:
+        lines.append(operator.ljust(width)
+                     + "".join(table[operator, key].runs.ljust(13) for key in _BACKENDS))
+    lines.append("")
+    missing: dict[tuple[str, str], list[str]] = {}
+    for kernel in table.values():
+        if kernel.reason is not None:
+            missing.setdefault((kernel.key, kernel.reason), []).append(kernel.operator)
+    for (key, reason), operators in missing.items():
+        which = "" if len(operators) == len(ops.SCHEMAS) else f" for {', '.join(operators)}"
+        lines.append(f"{key}: plain PyTorch{which}, because {reason}")
+    lines.append("")
+    lines += [f"{name.ljust(width)}{value}" for name, value in versions().items()]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _version(package: str) -> str:
+    if package == "skipvit_kernels":
+        from skipvit_kernels import __version__
+
+        return __version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    """The model name where the system tells it (Linux), else the architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,231 @@
+"""Measuring what skipping gains: the sliced floor, interleaved timing, peak memory.
+
+    floor = sliced(model, "6(55%)+11")                     # the same token counts, chosen for free
+    times = interleave({"patched": step(patched), "sliced": step(floor)})
+    times.ratio("patched", "sliced") - 1                   # the routing overhead
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+
+from skipvit_kernels.config import SkipConfig, num_kept
+from skipvit_kernels.patch import SkipSequential, is_patched, patch, unpatch
+
+
+class SlicedSequential(SkipSequential):
+    """A patched model's blocks at the same token counts, with the selection for free."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self._stages(functools.partial(functools.partial, sliced_run)):
+            x = stage(x)
+        return x
+
+    def children(self) -> Iterator[nn.Module]:
+        """The blocks: gradient checkpointing, which runs these, is refused by the drop blocks."""
+        return nn.Sequential.children(self)
+
+
+def sliced(model: nn.Module, config: SkipConfig | str) -> nn.Module:
+    """The floor of `config`: a deep copy of the model that keeps the first K patches unseen.
+
+    Stock attention, no scores; after the attention of a drop block the first P + K tokens go on
+    (one more with method "fuse") and the others are put back behind them. It does all the work
+    that a model at these token counts must do and none of the routing; its outputs mean nothing.
+
+    Args:
+        model: a timm VisionTransformer, patched or not; left as it is.
+        config: a `SkipConfig` or its notation; its warm-up is ignored.
+
+    Raises:
+        ValueError: as `patch`.
+    """
+    model = copy.deepcopy(model)
+    if is_patched(model):
+        unpatch(model)
+    patch(model, config, warmup_epochs=0)
+    model.blocks.__class__ = SlicedSequential
+    return model
+
+
+def sliced_run(
+    x: Tensor,
+    blocks: Sequence[Callable[[Tensor], Tensor]],
+    *,
+    drop_ratio: Fraction,
+    num_prefix_tokens: int,
+    method: str,
+    rejoin: bool,
+    rejoin_update: str,
+) -> Tensor:
+    """`skip_run` with the selection for free; the mean update is routing too and left out."""
+    first: Any
+    first, *rest = blocks
+    num_patches = x.shape[1] - num_prefix_tokens
+    num_keep = num_kept(num_patches, drop_ratio)
+    rows = num_prefix_tokens + num_keep + (method == "fuse" and num_keep < num_patches)
+    x = x + first.drop_path1(first.ls1(first.attn(first.norm1(x))))
+    # Two slices by one split: its backward is one copy, theirs would be two and a sum.
+    kept, skipped = x.split([rows, x.shape[1] - rows], dim=1)
+    tokens = kept + first.drop_path2(first.ls2(first.mlp(first.norm2(kept))))
+    for block in rest:
+        tokens = block(tokens)
+    return torch.cat([tokens, skipped], dim=1) if rejoin else tokens
+
+
+def forward_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """An inference of `images`, as a call to time. Sets nothing on the model."""
+
+    @torch.inference_mode()
+    def step() -> None:
+        model(images)
+
+    return step
+
+
+def training_step(
+    model: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], None]:
+    """Forward, cross entropy, backward and, where given, the optimizer's step, as a call to time.
+
+    Without an optimizer the gradients are only dropped before the next call.
+    """
+
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        nn.functional.cross_entropy(model(images), labels).backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """What `interleave` measured: entry r of every list is round r.
+
+    Attributes:
+        seconds: per name, wall time of each call; on CUDA the device's, between two events.
+        cpu_seconds: per name, processor time of all threads of this process.
+    """
+
+    seconds: dict[str, list[float]]
+    cpu_seconds: dict[str, list[float]]
+
+    def best(self, name: str) -> float:
+        """The shortest call, in seconds: what noise cannot improve on."""
+        return min(self.seconds[name])
+
+    def ratio(self, name: str, base: str) -> float:
+        """Time of `name` over time of `base`, of the shortest calls."""
+        return self.best(name) / self.best(base)
+
+    def paired_ratio(self, name: str, base: str) -> float:
+        """The same as the median over the rounds: no drift of the machine reaches it."""
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 10,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
+) -> Times:
+    """Time the calls in turn, A B C A B C ..., in this process and without garbage collection.
+
+    Args:
+        calls: by name; at least one.
+        rounds: timed rounds, at least 1.
+        warmup: rounds before them that are not timed.
+        device: where the calls' work runs.
+
+    Raises:
+        ValueError: without calls or rounds.
+    """
+    if not calls or rounds < 1 or warmup < 0:
+        raise ValueError("interleave needs calls, rounds >= 1 and warmup >= 0, "
+                         f"got {len(calls)} calls, rounds={rounds}, warmup={warmup}")
+    timed = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
+    times = Times({name: [] for name in calls}, {name: [] for name in calls})
+    with _no_garbage_collection():
+        for turn in range(-warmup, rounds):
+            for name, call in calls.items():
+                cpu = time.process_time()
+                seconds = timed(call)
+                if turn >= 0:
+                    times.seconds[name].append(seconds)
+                    times.cpu_seconds[name].append(time.process_time() - cpu)
+    return times
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def peak_memory(call: Callable[[], object], *, device: torch.device | str = "cpu") -> int:
+    """Most bytes of tensors that one call holds at once, beyond those held when it starts.
+
+    On CUDA by the caching allocator's own count; on the CPU from the profiler's record of every
+    allocation, which slows the call. Memory that libraries take past torch's allocator (a BLAS's
+    buffers) is not seen. Call it once before where the first call allocates more (an optimizer).
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - start
+    with (
+        _no_garbage_collection(),
+        torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        call()
+    assert profile.profiler is not None
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
