@@ -136,7 +136,7 @@ View output_view(const Tensor& t, const View& like) {
 }
 
 // Work that moves less than this stays on one thread: waking another costs some microseconds.
-constexpr int64_t kGrainBytes = 64 * 1024;
+constexpr int64_t kGrainBytes = 256 * 1024;
 
 template <class F>
 void for_items(int64_t items, int64_t bytes_per_item, const F& f) {

@@ -150,14 +150,15 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, F f) {
 // Halves are added pairwise, so the order does not depend on the register width.
 template <class A>
 inline A sum_lanes(Vec<A> v) {
-  A lane[kLanes];
-  std::memcpy(lane, &v, sizeof(v));
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) {
-      lane[i] += lane[i + half];
-    }
-  }
-  return lane[0];
+  typedef A Eight __attribute__((vector_size(8 * sizeof(A))));
+  typedef A Four __attribute__((vector_size(4 * sizeof(A))));
+  Eight eight[2];
+  std::memcpy(eight, &v, sizeof(v));
+  eight[0] += eight[1];
+  Four four[2];
+  std::memcpy(four, &eight[0], sizeof(four));
+  four[0] += four[1];
+  return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
 
 template <class A, class T>
@@ -256,6 +257,19 @@ inline void copy_row(void* out, const void* in, int64_t stride, int64_t n, int64
   }
 }
 
+// item -> (item / rows, item % rows) without a division a row: 10 ns where a row is copied in 30.
+struct RowWalk {
+  int64_t image, row, rows;
+
+  RowWalk(int64_t item, int64_t rows) : image(item / rows), row(item % rows), rows(rows) {}
+  void next() {
+    if (++row == rows) {
+      row = 0;
+      ++image;
+    }
+  }
+};
+
 // The row itself where it is contiguous, else a copy of it.
 template <class T>
 inline const T* contiguous(const T* row, int64_t stride, int64_t n, Scratch& scratch) {
@@ -297,6 +311,59 @@ inline void by_dtype_and_sum(DType dtype, bool wide, F f) {
 
 // ------------------------------------------------------------------------------- cls_scores
 
+// out[i] = scale * query_i . key_i for `count` pairs of vectors at fixed steps, four at a time: one
+// dot product of 64 channels is too short to hide the latency of its additions. `ahead`, where
+// given, is the distance in elements to the keys that will be wanted soon.
+template <class T, class A>
+inline void dot_products(const A* query, int64_t query_step, const T* key, int64_t key_step,
+                         int64_t ahead, int64_t width, int64_t count, A scale, A* out,
+                         int64_t out_step) {
+  constexpr int64_t kCacheLine = 64 / sizeof(T);
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    const A *q0 = query, *q1 = q0 + query_step, *q2 = q1 + query_step, *q3 = q2 + query_step;
+    const T *k0 = key, *k1 = k0 + key_step, *k2 = k1 + key_step, *k3 = k2 + key_step;
+    if (ahead != 0) {
+      for (int64_t d = 0; d < width; d += kCacheLine) {
+        __builtin_prefetch(k0 + ahead + d);
+        __builtin_prefetch(k1 + ahead + d);
+        __builtin_prefetch(k2 + ahead + d);
+        __builtin_prefetch(k3 + ahead + d);
+      }
+    }
+    Vec<A> s0{}, s1{}, s2{}, s3{};
+    for_lanes(width, [&](int64_t d, int64_t lanes) {
+      s0 += load<A>(q0 + d, lanes) * load<A>(k0 + d, lanes);
+      s1 += load<A>(q1 + d, lanes) * load<A>(k1 + d, lanes);
+      s2 += load<A>(q2 + d, lanes) * load<A>(k2 + d, lanes);
+      s3 += load<A>(q3 + d, lanes) * load<A>(k3 + d, lanes);
+    });
+    out[0] = scale * sum_lanes<A>(s0);
+    out[out_step] = scale * sum_lanes<A>(s1);
+    out[2 * out_step] = scale * sum_lanes<A>(s2);
+    out[3 * out_step] = scale * sum_lanes<A>(s3);
+    query += 4 * query_step;
+    key += 4 * key_step;
+    out += 4 * out_step;
+  }
+  for (; i < count; ++i) {
+    if (ahead != 0) {
+      for (int64_t d = 0; d < width; d += kCacheLine) {
+        __builtin_prefetch(key + ahead + d);
+      }
+    }
+    *out = scale * dot(query, key, width);
+    query += query_step;
+    key += key_step;
+    out += out_step;
+  }
+}
+
+// Tokens between a key and the one fetched into the cache for later. timm's keys of one token are
+// a piece of a row three times as long, and the hardware does not follow such gaps: 8.3 -> 3.0 ms
+// for B 64, N 577, C 384 in float32 on one thread.
+constexpr int64_t kTokensAhead = 8;
+
 template <class T, class A>
 void cls_logits_of(const View& q, const View& k, A scale, A* logits, int64_t begin, int64_t end) {
   const int64_t heads = k.size[1], tokens = k.size[2], width = k.size[3];
@@ -304,29 +371,41 @@ void cls_logits_of(const View& q, const View& k, A scale, A* logits, int64_t beg
   // models hold the tokens of one head together. Either way the walk follows memory.
   const bool heads_inside = k.stride[1] <= k.stride[2];
   const int64_t inner = heads_inside ? heads : tokens;
-  A* query = accumulate_scratch.get<A>(heads * width);
+  const int64_t outer = heads_inside ? tokens : heads;
+  A* queries = accumulate_scratch.get<A>(heads * width);
   int64_t image = -1;
   for (int64_t item = begin; item < end;) {
     const int64_t b = item / (heads * tokens);
-    const int64_t outer = item / inner % (heads * tokens / inner);
+    const int64_t o = item / inner % outer;
     const int64_t first = item % inner;
-    const int64_t last = first + (end - item) < inner ? first + (end - item) : inner;
+    const int64_t count = inner - first < end - item ? inner - first : end - item;
     if (b != image) {
       image = b;
       for (int64_t h = 0; h < heads; ++h) {
         const T* row = contiguous(at<T>(q, b, h), q.stride[2], width, row_scratch);
-        for_lanes(width, [&](int64_t i, int64_t count) {
-          store<A>(query + h * width + i, load<A>(row + i, count), count);
+        for_lanes(width, [&](int64_t i, int64_t lanes) {
+          store<A>(queries + h * width + i, load<A>(row + i, lanes), lanes);
         });
       }
     }
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t h = heads_inside ? i : outer;
-      const int64_t n = heads_inside ? outer : i;
-      const T* key = contiguous(at<T>(k, b, h, n), k.stride[3], width, row_scratch);
-      logits[(b * heads + h) * tokens + n] = scale * dot(query + h * width, key, width);
+    const int64_t h = heads_inside ? first : o;
+    const int64_t n = heads_inside ? o : first;
+    const A* query = queries + h * width;
+    const int64_t query_step = heads_inside ? width : 0;
+    const T* key = at<T>(k, b, h, n);
+    const int64_t key_step = heads_inside ? k.stride[1] : k.stride[2];
+    const int64_t ahead = heads_inside ? kTokensAhead * k.stride[2] : 0;
+    A* out = logits + (b * heads + h) * tokens + n;
+    const int64_t out_step = heads_inside ? tokens : 1;
+    if (k.stride[3] == 1 || width == 1) {
+      dot_products(query, query_step, key, key_step, ahead, width, count, scale, out, out_step);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const T* row = contiguous(key + i * key_step, k.stride[3], width, row_scratch);
+        out[i * out_step] = scale * dot(query + i * query_step, row, width);
+      }
     }
-    item += last - first;
+    item += count;
   }
 }
 
@@ -526,8 +605,9 @@ IndexCheck invert_index(const View& index, int64_t num_tokens, int32_t* inverse)
 
 void gather_rows(const View& x, const View& index, const View& out, int64_t begin, int64_t end) {
   const int64_t rows = index.size[1], channels = x.size[2];
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = item / rows, r = item % rows;
+  RowWalk walk(begin, rows);
+  for (int64_t item = begin; item < end; ++item, walk.next()) {
+    const int64_t b = walk.image, r = walk.row;
     const int64_t row = *at<int64_t>(index, b, r);
     copy_row(address(out, b, r), address(x, b, row), x.stride[2], channels, x.element_size);
   }
@@ -544,8 +624,9 @@ void scatter_rows(const View* x, const View& tokens, const View* update, const i
                   const View& out, int64_t begin, int64_t end) {
   const int64_t num_tokens = out.size[1], channels = out.size[2];
   const int64_t element_size = out.element_size;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = item / num_tokens, row = item % num_tokens;
+  RowWalk walk(begin, num_tokens);
+  for (int64_t item = begin; item < end; ++item, walk.next()) {
+    const int64_t b = walk.image, row = walk.row;
     const int32_t r = inverse[item];
     char* to = address(out, b, row);
     if (r >= 0) {
@@ -680,8 +761,9 @@ void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wi
   const int64_t num_prefix = num_tokens - num_patches;
   A* grad_fused = accumulate_scratch.get<A>(channels);
   int64_t image = -1;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = item / num_tokens, row = item % num_tokens;
+  RowWalk walk(begin, num_tokens);
+  for (int64_t item = begin; item < end; ++item, walk.next()) {
+    const int64_t b = walk.image, row = walk.row;
     if (b != image) {
       image = b;
       const T* last =
