@@ -134,7 +134,7 @@ class SkipConfig:
         layers: tuple[int, ...] = ()
         ratios: tuple[Fraction, ...] = ()
         rejoin, update, warmup = None, "none", 0
-        core, _, options = text.partition(":")
+        core, colon, options = text.partition(":")
         if core:
             match = _NOTATION.fullmatch(core.replace(" ", ""))
             if match is None:
@@ -142,7 +142,7 @@ class SkipConfig:
             layers = tuple(int(layer) for layer in match["layers"].split(","))
             ratios = tuple(_parse_ratio(part, text) for part in match["ratios"].split(","))
             rejoin = match["rejoin"]
-        for option in options.replace(" ", "").split(",") if options else ():
+        for option in options.replace(" ", "").split(",") if colon else ():
             if option == "mean":
                 update = "mean"
             elif re.fullmatch(r"warmup=\d+", option):

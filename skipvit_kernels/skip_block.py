@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from skipvit_kernels import reference
 from skipvit_kernels.config import Ratio, as_ratio, num_kept
 from skipvit_kernels.ops import cls_scores, gather_topk, gather_topk_fuse, scatter_back
 
@@ -102,10 +102,12 @@ def skip_run(
 
     branch, q_cls, k = _attention(first.attn, first.norm1(x))
     x = x + first.drop_path1(first.ls1(branch))
-    # EViT trains the scores through the fused token; skipping itself has no gradient to them.
-    score = reference.cls_scores if fuse and torch.is_grad_enabled() else cls_scores
-    scores = score(q_cls, k, scale=first.attn.scale, num_prefix_tokens=num_prefix_tokens)
-    gather = gather_topk_fuse if fuse else gather_topk
+    if fuse:
+        scores = _TrainedScores.apply(q_cls, k, first.attn.scale, num_prefix_tokens)
+        gather = gather_topk_fuse
+    else:
+        scores = cls_scores(q_cls, k, scale=first.attn.scale, num_prefix_tokens=num_prefix_tokens)
+        gather = gather_topk
     kept, index = gather(x, scores, num_keep, num_prefix_tokens=num_prefix_tokens)
     if record is not None:
         record(index)
@@ -120,6 +122,32 @@ def skip_run(
         update = _patch_mean(tokens, num_prefix_tokens) - _patch_mean(kept, num_prefix_tokens)
         update = update.to(x.dtype)
     return scatter_back(x, tokens, index, update=update)
+
+
+class _TrainedScores(torch.autograd.Function):
+    """cls_scores with a gradient: EViT trains q and k through the weights of the fused token.
+
+    The forward is the operator in every mode, so that a recomputation selects the same patches.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, scale: float, num_prefix_tokens: int) -> Tensor:
+        ctx.save_for_backward(q, k)
+        ctx.scale, ctx.num_prefix_tokens = scale, num_prefix_tokens
+        return cls_scores(q, k, scale=scale, num_prefix_tokens=num_prefix_tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        q, k = ctx.saved_tensors
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        weights = (torch.einsum("bhd,bhnd->bhn", q.to(dtype), k.to(dtype)) * ctx.scale).softmax(-1)
+        grad_weights = F.pad(grad.to(dtype) / q.shape[1], (ctx.num_prefix_tokens, 0))[:, None]
+        centred = grad_weights - (weights * grad_weights).sum(-1, keepdim=True)
+        grad_logits = ctx.scale * weights * centred
+        grad_q = torch.einsum("bhn,bhnd->bhd", grad_logits, k.to(dtype))
+        grad_k = grad_logits[..., None] * q[:, :, None].to(dtype)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), None, None
 
 
 def _patch_mean(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -144,7 +172,7 @@ def _attention(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     else:
         out = attn.attn_drop((q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-    out = attn.norm(out.transpose(1, 2).reshape(batch, num_tokens, -1))
+    out = attn.norm(out.transpose(1, 2).flatten(2))
     if gate is not None:
         out = out * gate
     return attn.proj_drop(attn.proj(out)), q[:, :, 0], k
