@@ -114,9 +114,26 @@ View scores_view(const Tensor& scores, int64_t batch) {
   return view;
 }
 
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
-                 std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+// A contiguous CPU tensor. Straight through the C shim: torch::stable::new_empty goes through the
+// dispatcher by name, 1 us a tensor where the whole operator can take 4.
+Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[4];
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, sizes.begin()[d]);
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.begin(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_like(const Tensor& dtype_of, std::initializer_list<int64_t> sizes) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(dtype_of.get(), &dtype));
+  return empty(sizes, dtype);
 }
 
 // A contiguous output just allocated in the dtype of a view that is already at hand.
@@ -194,7 +211,7 @@ Tensor cls_scores(const Tensor& q, const Tensor& k, double scale, int64_t num_pr
   if (num_prefix_tokens < 0 || num_prefix_tokens > tokens) {
     fail("num_prefix_tokens must be in [0, ", tokens, "], got ", num_prefix_tokens);
   }
-  Tensor out = new_empty(k, {batch, tokens - num_prefix_tokens}, ScalarType::Float);
+  Tensor out = empty({batch, tokens - num_prefix_tokens}, aoti_torch_dtype_float32());
   const bool wide = keys.dtype == DType::kFloat64;
   const int64_t logit_bytes = wide ? 8 : 4;
   const int64_t num_logits = batch * heads * tokens;
@@ -254,8 +271,8 @@ Selection select_and_move(const Tensor& x, const Tensor& scores, int64_t num_kee
   Selection s{tokens_in,
               score.dtype == DType::kFloat64,
               mean_scores(score),
-              new_empty(x, {batch, rows + extra_rows, tokens_in.size[2]}),
-              new_empty(x, {batch, rows}, ScalarType::Long),
+              empty_like(x, {batch, rows + extra_rows, tokens_in.size[2]}),
+              empty({batch, rows}, aoti_torch_dtype_int64()),
               {},
               n};
   s.out = output_view(s.tokens, tokens_in);
@@ -300,8 +317,9 @@ std::tuple<Tensor, Tensor> gather_topk_fuse_backward(const Tensor& grad, const T
   }
   const int32_t* inverse = checked_inverse(rows, num_tokens);
   const void* mean = mean_scores(score);
-  Tensor grad_x = new_empty(x, {batch, num_tokens, channels});
-  Tensor grad_scores = torch::stable::new_empty(scores, scores.sizes());
+  Tensor grad_x = empty_like(x, {batch, num_tokens, channels});
+  Tensor grad_scores = scores.dim() == 3 ? empty_like(scores, {batch, score.size[1], score.size[2]})
+                                         : empty_like(scores, {batch, score.size[2]});
   const View out = output_view(grad_x, from);
   View out_scores = score;
   out_scores.data = grad_scores.data_ptr();
@@ -326,7 +344,7 @@ Tensor gather_rows(const Tensor& x, const Tensor& index) {
       }
     }
   }
-  Tensor out = new_empty(x, {from.size[0], rows.size[1], from.size[2]});
+  Tensor out = empty_like(x, {from.size[0], rows.size[1], from.size[2]});
   move_rows(from, rows, output_view(out, from));
   return out;
 }
@@ -346,7 +364,7 @@ Tensor gather_rows_backward(const Tensor& grad, const Tensor& index, int64_t num
     fail("num_tokens must not be negative, got ", num_tokens);
   }
   const int32_t* inverse = checked_inverse(rows, num_tokens);
-  Tensor out = new_empty(grad, {rows.size[0], num_tokens, from.size[2]});
+  Tensor out = empty_like(grad, {rows.size[0], num_tokens, from.size[2]});
   put_rows(nullptr, from, nullptr, inverse, output_view(out, from));
   return out;
 }
@@ -362,7 +380,7 @@ Tensor scatter_back(const Tensor& x, const Tensor& tokens, const Tensor& index,
     added = same_dtype_view("update", *update, skipped, {batch, channels});
   }
   const int32_t* inverse = checked_inverse(rows, num_tokens);
-  Tensor out = new_empty(x, {batch, num_tokens, channels});
+  Tensor out = empty_like(x, {batch, num_tokens, channels});
   put_rows(&skipped, moved, update ? &added : nullptr, inverse, output_view(out, skipped));
   return out;
 }
@@ -373,9 +391,9 @@ std::tuple<Tensor, Tensor, Tensor> scatter_back_backward(const Tensor& grad, con
   const int64_t batch = from.size[0], num_tokens = from.size[1], channels = from.size[2];
   const View rows = index_view(index, batch);
   const int32_t* inverse = checked_inverse(rows, num_tokens);
-  Tensor grad_x = new_empty(grad, {batch, num_tokens, channels});
-  Tensor grad_tokens = new_empty(grad, {batch, rows.size[1], channels});
-  Tensor grad_update = has_update ? new_empty(grad, {batch, channels}) : new_empty(grad, {0});
+  Tensor grad_x = empty_like(grad, {batch, num_tokens, channels});
+  Tensor grad_tokens = empty_like(grad, {batch, rows.size[1], channels});
+  Tensor grad_update = has_update ? empty_like(grad, {batch, channels}) : empty_like(grad, {0});
   const View out_x = output_view(grad_x, from);
   const View out_tokens = output_view(grad_tokens, from);
   const View out_update = output_view(grad_update, from);

@@ -447,9 +447,9 @@ void cls_softmax_mean_of(const A* logits, int64_t heads, int64_t tokens, int64_t
         sums += e;
         store<A>(weight + j, e, kLanes);
       }
-      const A sum = sum_lanes<A>(sums);
+      const A share = 1 / sum_lanes<A>(sums);
       for (int64_t j = 0; j < padded; j += kLanes) {
-        store<A>(mean + j, load<A>(mean + j, kLanes) + load<A>(weight + j, kLanes) / sum, kLanes);
+        store<A>(mean + j, load<A>(mean + j, kLanes) + load<A>(weight + j, kLanes) * share, kLanes);
       }
     }
     float* row = out + b * (tokens - num_prefix);
@@ -557,17 +557,27 @@ void select_topk_of(const A* mean, int64_t n, int64_t num_keep, int64_t num_pref
       keys[j] = sort_key(mean[b * n + j]);
     }
     const Key t = threshold(keys, n, num_keep);
-    int64_t greater = 0;
+    int64_t greater = 0, equal = 0;
     for (int64_t j = 0; j < n; ++j) {
       greater += keys[j] > t;
+      equal += keys[j] == t;
     }
-    // Among equal keys the first ones win. Every step writes, only a kept one advances.
-    int64_t equals_left = num_keep - greater;
-    for (int64_t j = 0, kept = 0; kept < num_keep; ++j) {
-      const bool equal = keys[j] == t;
+    // Every step writes, only a kept one advances: no branch that the scores could mispredict.
+    int64_t kept = 0;
+    if (greater + equal == num_keep) {
+      for (int64_t j = 0; kept < num_keep; ++j) {
+        out[kept] = num_prefix + j;
+        kept += keys[j] >= t;
+      }
+      continue;
+    }
+    // More equal keys than places: the first ones win.
+    int64_t places = num_keep - greater;
+    for (int64_t j = 0; kept < num_keep; ++j) {
+      const bool tie = keys[j] == t;
       out[kept] = num_prefix + j;
-      kept += (keys[j] > t) | (equal & (equals_left > 0));
-      equals_left -= equal;
+      kept += (keys[j] > t) | (tie & (places > 0));
+      places -= tie;
     }
   }
 }
