@@ -217,7 +217,9 @@ Tensor cls_scores(const Tensor& q, const Tensor& k, double scale, int64_t num_pr
   const int64_t num_logits = batch * heads * tokens;
   void* logits = caller_scratch<Byte16>((num_logits * logit_bytes + 15) / 16);
   float* result = static_cast<float*>(out.data_ptr());
-  for_items(num_logits, keys.size[3] * keys.element_size, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
+  const int64_t block_bytes = kTokenBlock * heads * keys.size[3] * keys.element_size;
+  for_items(batch * blocks, block_bytes, [&](int64_t begin, int64_t end) {
     kernels().cls_logits(query, keys, scale, logits, begin, end);
   });
   // An exponential costs about as much as moving 32 bytes.

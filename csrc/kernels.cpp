@@ -45,6 +45,19 @@ struct VecOf<double> {
 template <class A>
 using Vec = typename VecOf<A>::type;
 
+template <class A>
+struct FourOf;
+template <>
+struct FourOf<float> {
+  typedef float type __attribute__((vector_size(16)));
+};
+template <>
+struct FourOf<double> {
+  typedef double type __attribute__((vector_size(32)));
+};
+template <class A>
+using Four = typename FourOf<A>::type;
+
 template <class To, class From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "a cast keeps the bits");
@@ -149,16 +162,31 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, F f) {
 
 // Halves are added pairwise, so the order does not depend on the register width.
 template <class A>
-inline A sum_lanes(Vec<A> v) {
+inline Four<A> fold(Vec<A> v) {
   typedef A Eight __attribute__((vector_size(8 * sizeof(A))));
-  typedef A Four __attribute__((vector_size(4 * sizeof(A))));
   Eight eight[2];
   std::memcpy(eight, &v, sizeof(v));
   eight[0] += eight[1];
-  Four four[2];
+  Four<A> four[2];
   std::memcpy(four, &eight[0], sizeof(four));
-  four[0] += four[1];
-  return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
+  return four[0] + four[1];
+}
+
+template <class A>
+inline A sum_lanes(Vec<A> v) {
+  const Four<A> four = fold<A>(v);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// The sums of four vectors, each in the order of sum_lanes.
+template <class A>
+inline Four<A> sum_lanes(Vec<A> v0, Vec<A> v1, Vec<A> v2, Vec<A> v3) {
+  const Four<A> a = fold<A>(v0), b = fold<A>(v1), c = fold<A>(v2), d = fold<A>(v3);
+  const Four<A> ab =
+      __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  const Four<A> cd =
+      __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
+  return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
 }
 
 template <class A, class T>
@@ -311,74 +339,51 @@ inline void by_dtype_and_sum(DType dtype, bool wide, F f) {
 
 // ------------------------------------------------------------------------------- cls_scores
 
-// out[i] = scale * query_i . key_i for `count` pairs of vectors at fixed steps, four at a time: one
-// dot product of 64 channels is too short to hide the latency of its additions. `ahead`, where
-// given, is the distance in elements to the keys that will be wanted soon.
-template <class T, class A>
-inline void dot_products(const A* query, int64_t query_step, const T* key, int64_t key_step,
-                         int64_t ahead, int64_t width, int64_t count, A scale, A* out,
-                         int64_t out_step) {
-  constexpr int64_t kCacheLine = 64 / sizeof(T);
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const A *q0 = query, *q1 = q0 + query_step, *q2 = q1 + query_step, *q3 = q2 + query_step;
-    const T *k0 = key, *k1 = k0 + key_step, *k2 = k1 + key_step, *k3 = k2 + key_step;
-    if (ahead != 0) {
-      for (int64_t d = 0; d < width; d += kCacheLine) {
-        __builtin_prefetch(k0 + ahead + d);
-        __builtin_prefetch(k1 + ahead + d);
-        __builtin_prefetch(k2 + ahead + d);
-        __builtin_prefetch(k3 + ahead + d);
-      }
-    }
-    Vec<A> s0{}, s1{}, s2{}, s3{};
-    for_lanes(width, [&](int64_t d, int64_t lanes) {
-      s0 += load<A>(q0 + d, lanes) * load<A>(k0 + d, lanes);
-      s1 += load<A>(q1 + d, lanes) * load<A>(k1 + d, lanes);
-      s2 += load<A>(q2 + d, lanes) * load<A>(k2 + d, lanes);
-      s3 += load<A>(q3 + d, lanes) * load<A>(k3 + d, lanes);
-    });
-    out[0] = scale * sum_lanes<A>(s0);
-    out[out_step] = scale * sum_lanes<A>(s1);
-    out[2 * out_step] = scale * sum_lanes<A>(s2);
-    out[3 * out_step] = scale * sum_lanes<A>(s3);
-    query += 4 * query_step;
-    key += 4 * key_step;
-    out += 4 * out_step;
-  }
-  for (; i < count; ++i) {
-    if (ahead != 0) {
-      for (int64_t d = 0; d < width; d += kCacheLine) {
-        __builtin_prefetch(key + ahead + d);
-      }
-    }
-    *out = scale * dot(query, key, width);
-    query += query_step;
-    key += key_step;
-    out += out_step;
-  }
-}
-
 // Tokens between a key and the one fetched into the cache for later. timm's keys of one token are
 // a piece of a row three times as long, and the hardware does not follow such gaps: 8.3 -> 3.0 ms
 // for B 64, N 577, C 384 in float32 on one thread.
 constexpr int64_t kTokensAhead = 8;
 
+// out[i] = scale * query . key_i for up to four tokens, together: one dot product of 64 channels is
+// too short to hide the latency of its additions.
+template <class T, class A>
+inline void dot_tokens(const A* query, const T* key, int64_t token_step, int64_t channel_step,
+                       int64_t width, int64_t count, A scale, A* out) {
+  if (count < 4 || (channel_step != 1 && width > 1)) {
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] =
+          scale *
+          dot(query, contiguous(key + i * token_step, channel_step, width, row_scratch), width);
+    }
+    return;
+  }
+  const T *k0 = key, *k1 = k0 + token_step, *k2 = k1 + token_step, *k3 = k2 + token_step;
+  for (int64_t i = 0; i < width; i += 64 / sizeof(T)) {
+    __builtin_prefetch(k0 + kTokensAhead * token_step + i);
+    __builtin_prefetch(k1 + kTokensAhead * token_step + i);
+    __builtin_prefetch(k2 + kTokensAhead * token_step + i);
+    __builtin_prefetch(k3 + kTokensAhead * token_step + i);
+  }
+  Vec<A> s0{}, s1{}, s2{}, s3{};
+  for_lanes(width, [&](int64_t i, int64_t lanes) {
+    const Vec<A> q = load<A>(query + i, lanes);
+    s0 += q * load<A>(k0 + i, lanes);
+    s1 += q * load<A>(k1 + i, lanes);
+    s2 += q * load<A>(k2 + i, lanes);
+    s3 += q * load<A>(k3 + i, lanes);
+  });
+  const Four<A> sums = scale * sum_lanes<A>(s0, s1, s2, s3);
+  std::memcpy(out, &sums, sizeof(sums));
+}
+
 template <class T, class A>
 void cls_logits_of(const View& q, const View& k, A scale, A* logits, int64_t begin, int64_t end) {
   const int64_t heads = k.size[1], tokens = k.size[2], width = k.size[3];
-  // timm's keys are a view of the qkv projection where the heads of one token are neighbours; other
-  // models hold the tokens of one head together. Either way the walk follows memory.
-  const bool heads_inside = k.stride[1] <= k.stride[2];
-  const int64_t inner = heads_inside ? heads : tokens;
-  const int64_t outer = heads_inside ? tokens : heads;
+  const int64_t blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
   A* queries = accumulate_scratch.get<A>(heads * width);
   int64_t image = -1;
-  for (int64_t item = begin; item < end;) {
-    const int64_t b = item / (heads * tokens);
-    const int64_t o = item / inner % outer;
-    const int64_t first = item % inner;
-    const int64_t count = inner - first < end - item ? inner - first : end - item;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / blocks;
     if (b != image) {
       image = b;
       for (int64_t h = 0; h < heads; ++h) {
@@ -388,24 +393,27 @@ void cls_logits_of(const View& q, const View& k, A scale, A* logits, int64_t beg
         });
       }
     }
-    const int64_t h = heads_inside ? first : o;
-    const int64_t n = heads_inside ? o : first;
-    const A* query = queries + h * width;
-    const int64_t query_step = heads_inside ? width : 0;
-    const T* key = at<T>(k, b, h, n);
-    const int64_t key_step = heads_inside ? k.stride[1] : k.stride[2];
-    const int64_t ahead = heads_inside ? kTokensAhead * k.stride[2] : 0;
-    A* out = logits + (b * heads + h) * tokens + n;
-    const int64_t out_step = heads_inside ? tokens : 1;
-    if (k.stride[3] == 1 || width == 1) {
-      dot_products(query, query_step, key, key_step, ahead, width, count, scale, out, out_step);
+    const int64_t first = item % blocks * kTokenBlock;
+    const int64_t last = first + kTokenBlock < tokens ? first + kTokenBlock : tokens;
+    const auto dots = [&](int64_t h, int64_t n) {
+      dot_tokens(queries + h * width, at<T>(k, b, h, n), k.stride[2], k.stride[3], width,
+                 last - n < 4 ? last - n : 4, scale, logits + (b * heads + h) * tokens + n);
+    };
+    // timm's keys are a view of the qkv projection where the heads of one token are neighbours;
+    // other models hold the tokens of one head together. Either way the walk follows memory.
+    if (k.stride[1] <= k.stride[2]) {
+      for (int64_t n = first; n < last; n += 4) {
+        for (int64_t h = 0; h < heads; ++h) {
+          dots(h, n);
+        }
+      }
     } else {
-      for (int64_t i = 0; i < count; ++i) {
-        const T* row = contiguous(key + i * key_step, k.stride[3], width, row_scratch);
-        out[i * out_step] = scale * dot(query + i * query_step, row, width);
+      for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t n = first; n < last; n += 4) {
+          dots(h, n);
+        }
       }
     }
-    item += count;
   }
 }
 

@@ -29,9 +29,12 @@ struct IndexCheck {
   int64_t row;
 };
 
+// Tokens per item of cls_logits: a piece of an image worth a thread, and few enough for B = 1.
+constexpr int64_t kTokenBlock = 32;
+
 struct Kernels {
   // logits (B, H, N) = scale * q (B, H, D) . k (B, H, N, D), float32 (float64 for float64).
-  // Items: the B*H*N dot products, in the order in which k lies in memory.
+  // Items: the blocks of kTokenBlock tokens of every image, B * ceil(N / kTokenBlock).
   void (*cls_logits)(const View& q, const View& k, double scale, void* logits, int64_t begin,
                      int64_t end);
 
