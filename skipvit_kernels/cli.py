@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; default those of the process.
 
     Returns:
-        The exit code: 0; 1 where something to run with is missing; 130 after Ctrl-C. Arguments
-        that make no sense exit with 2 (SystemExit, as argparse does).
+        The exit code: 0; 1 where a package that the subcommand needs is missing; 2 on values that
+        make no sense (SystemExit on what argparse refuses itself); 130 after Ctrl-C.
     """
     args = _parser().parse_args(argv)
     try:
@@ -44,12 +44,13 @@ def _parser() -> argparse.ArgumentParser:
         "downloaded) without skipping, with it, and with EViT's fused token; measure speed, memory "
         "and accuracy side by side. On the CPU, in about two minutes.",
     )
-    demo.add_argument("--epochs", type=_count(1), help="of each training (default 8)", default=8)
+    demo.add_argument("--epochs", type=int, default=7,
+                      help="of each training (default %(default)s)")
     demo.add_argument("--out", type=Path, default=Path("demo_results"), metavar="FOLDER",
                       help="for the table and the pictures, written at the end (default "
                       "%(default)s)")
-    demo.add_argument("--threads", type=_count(1), help="of the CPU (default: torch's choice)")
-    demo.add_argument("--seed", type=_count(0), default=0,
+    demo.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
+    demo.add_argument("--seed", type=int, default=0,
                       help="of the weights and of the order of the images (default %(default)s)")
     demo.set_defaults(run=_demo)
 
@@ -58,15 +59,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=_info)
     return parser
-
-
-def _count(least: int) -> object:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
-        return int(text)
-
-    return parse
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -79,11 +71,11 @@ def _demo(args: argparse.Namespace) -> int:
               'pip install "skipvit_kernels[demo]"', file=sys.stderr)
         return 1
     try:
-        demo.check_folder(args.out)
+        options = demo.Options(args.epochs, args.out, args.threads, args.seed)
     except ValueError as error:
         print(f"skipvit demo: {error}", file=sys.stderr)
         return 2
-    demo.run(epochs=args.epochs, out=args.out, threads=args.threads, seed=args.seed)
+    demo.run(options)
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import skipvit_kernels
 from skipvit_kernels import backends, ops
 
 # torch's dispatch key: the module of `backends` that registers under it, and what it brings.
@@ -56,8 +57,13 @@ def _kernel(operator: str, key: str) -> Kernel:
 
 def versions() -> dict[str, str]:
     """What a bug report needs: versions by package, the CPU, its threads, the C++ build."""
-    found = {name: _version(name) for name in ("skipvit_kernels", "torch", "timm", "triton")}
-    found["Python"] = platform.python_version()
+    found = {
+        "skipvit_kernels": skipvit_kernels.__version__,
+        "torch": torch.__version__,
+        "timm": _version("timm"),
+        "triton": _version("triton"),
+        "Python": platform.python_version(),
+    }
     found["CPU"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         found["CUDA device"] = torch.cuda.get_device_name()
@@ -90,10 +96,6 @@ def text() -> str:
 
 
 def _version(package: str) -> str:
-    if package == "skipvit_kernels":
-        from skipvit_kernels import __version__
-
-        return __version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

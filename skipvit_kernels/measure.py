@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,15 +102,14 @@ def training_step(
 ) -> Callable[[], None]:
     """Forward, cross entropy, backward and, where given, the optimizer's step, as a call to time.
 
-    Without an optimizer the gradients are only dropped before the next call.
+    The gradients are freed at its end, so that every call starts from the same memory.
     """
 
     def step() -> None:
-        for parameter in model.parameters():
-            parameter.grad = None
         nn.functional.cross_entropy(model(images), labels).backward()
         if optimizer is not None:
             optimizer.step()
+        model.zero_grad()
 
     return step
 
@@ -205,9 +205,10 @@ def _no_garbage_collection() -> Iterator[None]:
 def peak_memory(call: Callable[[], object], *, device: torch.device | str = "cpu") -> int:
     """Most bytes of tensors that one call holds at once, beyond those held when it starts.
 
-    On CUDA by the caching allocator's own count; on the CPU from the profiler's record of every
-    allocation, which slows the call. Memory that libraries take past torch's allocator (a BLAS's
-    buffers) is not seen. Call it once before where the first call allocates more (an optimizer).
+    On CUDA by the caching allocator's own count. On the CPU from the profiler's record of every
+    allocation; the call must not free what was held before it, which the profiler does not count.
+    What libraries take past torch's allocator (a BLAS's buffers) is not seen. Make the call once
+    before where its first time allocates more (an optimizer's state).
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -216,6 +217,8 @@ def peak_memory(call: Callable[[], object], *, device: torch.device | str = "cpu
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - start
+    # The profiler's library would write its start and stop to stderr; it reads this when it loads.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with (
         _no_garbage_collection(),
         torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile,

@@ -1,0 +1,131 @@
+"""skipvit demo, on few images and a narrow model."""
+
+import builtins
+import csv
+import sys
+
+import matplotlib.image
+import pytest
+import torch
+
+import skipvit_kernels as sk
+from skipvit_kernels import cli, demo
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More of them wait for each other on a busy machine, many times as long as they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    digits = demo.Digits.load()
+    few = demo.Digits(digits.train_images[:96], digits.train_labels[:96],
+                      digits.test_images[:100], digits.test_labels[:100])
+    monkeypatch.setattr(demo.Digits, "load", lambda: few)
+    monkeypatch.setattr(demo, "WIDTH", 16)
+    monkeypatch.setattr(demo, "ROUNDS", 2)
+
+
+def test_demo_writes_what_it_measured(small, tmp_path, capsys):
+    out = tmp_path / "new" / "results"
+    assert cli.main(["demo", "--epochs", "1", "--out", str(out), "--seed", "3"]) == 0
+    assert {path.name for path in out.iterdir()} == {"results.csv", "results.png", "skipped.png"}
+
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["baseline", "skip", "fused"]
+    assert [row["tokens"] for row in rows] == ["65x12", "65x5, 30x5, 65x2", "65x5, 38x7"]
+    baseline, *skipping = rows
+    assert (baseline["speedup"], baseline["ideal_speedup"]) == ("1.0", "1.0")
+    assert baseline["overhead"] == baseline["paired_overhead"] == ""
+    model = demo.build_model(0)
+    for row in skipping:
+        assert float(row["ideal_speedup"]) == sk.ideal_speedup(model, row["config"])
+        speed = float(row["images_per_second"]) / float(baseline["images_per_second"])
+        assert float(row["speedup"]) == pytest.approx(speed)
+        assert 0.3 < float(row["speedup"]) < 3
+        assert float(row["overhead"]) > -0.7
+        assert int(row["peak_memory"]) < int(baseline["peak_memory"])
+    for row in rows:
+        assert (100 * float(row["accuracy"])) == pytest.approx(round(100 * float(row["accuracy"])))
+        assert 0 <= float(row["accuracy"]) <= 1
+
+    for name in ("results.png", "skipped.png"):
+        height, width, _ = matplotlib.image.imread(out / name).shape
+        assert width == 1800 and 500 < height < 1000
+    printed = capsys.readouterr().out
+    assert "6(55%)+11" in printed and "38x7" in printed and max(map(len, printed.split("\n"))) <= 80
+
+
+def test_the_same_seed_gives_the_same_start():
+    first, again, other = (demo.build_model(seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["pos_embed"], other["pos_embed"])
+
+
+def test_the_marked_patches_are_those_that_the_model_skipped(small):
+    digits = demo.Digits.load()
+    model = sk.patch(demo.build_model(0).eval(), "6(55%)+11")
+    kept = demo._kept(model, digits.test_images[:4])
+    assert kept.shape == (4, 8, 8) and (kept.sum((1, 2)) == 29).all()
+    with torch.no_grad(), sk.record_skips(model) as records:
+        model(digits.test_images[:4])
+    for image, index in zip(kept, records[0].indices[0], strict=True):
+        assert image.flatten().nonzero().flatten().tolist() == (index[1:] - 1).tolist()
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--epochs", "0"], "epochs must be at least 1, got 0"),
+    (["--threads", "-2"], "threads must be at least 1, got -2"),
+    (["--seed", "-1"], "seed must be at least 0, got -1"),
+    (["--out", __file__], f"out must be a folder that can be written, got {__file__}"),
+    (["--out", f"{__file__}/below"], "out must be a folder that can be written"),
+])  # fmt: skip
+def test_bad_values_are_refused_before_any_work(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run", lambda options: pytest.fail("it ran"))
+    assert cli.main(["demo", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["timm", "sklearn", "matplotlib", "rich"])
+def test_a_missing_extra_is_named_in_one_line(package, monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "skipvit_kernels.demo")
+    monkeypatch.delattr(sk, "demo")
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert cli.main(["demo"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert package in line and 'pip install "skipvit_kernels[demo]"' in line
+
+
+def test_nothing_is_left_behind_by_ctrl_c(small, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_measure", interrupted)
+    assert cli.main(["demo", "--epochs", "1", "--out", str(tmp_path / "out")]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_old_results_stay_whole_when_writing_fails(small, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no picture")
+
+    (tmp_path / "results.csv").write_text("old")
+    monkeypatch.setattr(demo, "_skip_picture", broken)
+    with pytest.raises(RuntimeError, match="no picture"):
+        demo.run(demo.Options(epochs=1, out=tmp_path, threads=None, seed=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+    assert (tmp_path / "results.csv").read_text() == "old"

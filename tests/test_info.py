@@ -1,0 +1,91 @@
+"""skipvit info, and the command line that prints it."""
+
+import subprocess
+import sys
+
+import pytest
+
+import skipvit_kernels as sk
+from skipvit_kernels import backends, cli, info, ops
+
+
+def run_without(module, code):
+    """Run code in a fresh process in which the module cannot be imported; returns its output."""
+    block = f"import sys; sys.modules[{module!r}] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-c", block + code], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_operator_and_key_is_listed_with_a_kernel_or_a_reason():
+    found = info.kernels()
+    assert [(kernel.operator, kernel.key) for kernel in found] == [
+        (operator, key) for operator in ops.SCHEMAS for key in ("CPU", "CUDA", "PrivateUse1")
+    ]
+    for kernel in found:
+        assert (kernel.runs == info.FALLBACK) == bool(kernel.reason)
+
+
+@pytest.mark.skipif(backends.cpu.unavailable_reason() is not None, reason="no C++ kernels here")
+def test_no_operator_falls_back_where_the_cpu_kernels_load():
+    assert {kernel.runs for kernel in info.kernels() if kernel.key == "CPU"} == {"C++"}
+    assert backends.cpu.build_info()["isa"] in info.versions()["C++ kernels"]
+
+
+def test_a_missing_library_is_reported():
+    code = (
+        "from skipvit_kernels import info\n"
+        "cpu = [k for k in info.kernels() if k.key == 'CPU']\n"
+        "print({k.runs for k in cpu}, *{k.reason for k in cpu}, sep='|')\n"
+        "print(info.text())"
+    )
+    first, *text = run_without("skipvit_kernels._C", code).splitlines()
+    assert first.startswith("{'PyTorch'}|")
+    reason = first.partition("|")[2]
+    assert "skipvit_kernels._C" in reason
+    assert f"CPU: plain PyTorch, because {reason}" in text
+    assert not any(line.startswith("C++ kernels") for line in text)
+
+
+@pytest.mark.parametrize("module", ["timm", "rich"])
+def test_info_needs_neither_timm_nor_rich(module):
+    code = "from skipvit_kernels.cli import main; raise SystemExit(main(['info']))"
+    assert "gather_topk_fuse_backward" in run_without(module, code)
+
+
+def test_text_names_a_single_missing_operator(monkeypatch):
+    def found():
+        kernels = [info.Kernel(name, "CPU", "C++", None) for name in ops.SCHEMAS]
+        kernels += [info.Kernel(name, "CUDA", "Triton", None) for name in ops.SCHEMAS]
+        kernels += [info.Kernel(name, "PrivateUse1", "AscendC", None) for name in ops.SCHEMAS]
+        kernels[0] = info.Kernel("cls_scores", "CPU", "PyTorch", "of this test")
+        return kernels
+
+    monkeypatch.setattr(info, "kernels", found)
+    lines = info.text().splitlines()
+    assert "CPU: plain PyTorch for cls_scores, because of this test" in lines
+    assert lines[1].split() == ["cls_scores", "PyTorch", "Triton", "AscendC"]
+
+
+def test_command_line(capsys):
+    assert cli.main(["info"]) == 0
+    assert info.text() in capsys.readouterr().out
+    for arguments, code, said in (
+        (["--version"], 0, sk.__version__),
+        ([], 2, "required: command"),
+        (["dema"], 2, "invalid choice"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            cli.main(arguments)
+        assert left.value.code == code
+        out, err = capsys.readouterr()
+        assert said in out + err
+
+
+def test_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "skipvit_kernels", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, f"skipvit_kernels {sk.__version__}")
