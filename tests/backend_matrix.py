@@ -14,6 +14,7 @@ import pytest
 import torch
 
 REQUIRED = frozenset(filter(None, os.environ.get("SKIPVIT_REQUIRE", "").split(",")))
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # (backend, operator) -> how often the suite launched it, for the summary at the end.
@@ -29,6 +30,7 @@ class Backend:
     device: str
     dtypes: tuple[torch.dtype, ...]
     lacks: Callable[[Any], str | None]  # given the module; why it cannot run here, or None
+    checks_index: bool = True  # False where looking at an index would be a synchronisation
 
     def launcher(self, operator: str) -> Callable[..., Any]:
         module = importlib.import_module(self.module)
@@ -48,6 +50,15 @@ BACKENDS = {
         "cpu",
         ALL_DTYPES,
         lambda module: module.unavailable_reason(),
+    ),
+    # On a GPU; or, with TRITON_INTERPRET=1, in Triton's interpreter on CPU tensors.
+    "triton": Backend(
+        "triton",
+        "skipvit_kernels.backends.triton",
+        "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu",
+        ALL_DTYPES,
+        lambda module: module.unavailable_reason(),
+        checks_index=False,
     ),
 }
 

@@ -5,3 +5,4 @@ Each module has launchers under the operators' names, callable on tensors withou
 """
 
 from skipvit_kernels.backends import cpu as cpu
+from skipvit_kernels.backends import triton as triton

@@ -1,0 +1,87 @@
+"""The Triton kernels for NVIDIA and AMD GPUs, under torch's CUDA key (which serves ROCm too).
+
+The launchers are found here under the operators' names, without autograd; they accept tensors on a
+GPU, and on the CPU where Triton interprets (TRITON_INTERPRET=1 when this package is imported).
+Triton itself is imported by the first launch: no CUDA context and no second of waiting before.
+
+    rows.py     gather_rows, scatter_back and their backwards: rows that move
+    topk.py     gather_topk, gather_topk_fuse and its backward: the selection
+    scores.py   cls_scores
+    tiles.py    what they share: tile sizes and the launch
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from skipvit_kernels import ops
+
+_MODULES = {
+    "cls_scores": "scores",
+    "gather_rows": "rows",
+    "gather_rows_backward": "rows",
+    "gather_topk": "topk",
+    "gather_topk_fuse": "topk",
+    "gather_topk_fuse_backward": "topk",
+    "scatter_back": "rows",
+    "scatter_back_backward": "rows",
+}
+# The operators whose launcher takes an argument by keyword that the schema takes by position.
+_KEYWORDS = {
+    "cls_scores": ("scale", "num_prefix_tokens"),
+    "gather_topk": ("num_prefix_tokens",),
+    "gather_topk_fuse": ("num_prefix_tokens",),
+    "scatter_back": ("update",),
+}
+
+
+def unavailable_reason() -> str | None:
+    """Why the Triton kernels do not run, or None where they do."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:
+        return f"triton does not load: {type(error).__name__}: {error}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return None if torch.cuda.is_available() else "torch finds no CUDA or ROCm GPU"
+
+
+def __getattr__(name: str) -> Any:
+    """A launcher, by the operator's name."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    launcher = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = launcher
+    return launcher
+
+
+def _kernel(name: str) -> Callable[..., Any]:
+    """The kernel of the schema: the launcher, all arguments by position, imported when called."""
+    keywords = _KEYWORDS.get(name, ())
+
+    def kernel(*args: Any) -> Any:
+        launcher = globals().get(name) or __getattr__(name)
+        if not keywords:
+            return launcher(*args)
+        head = len(args) - len(keywords)
+        return launcher(*args[:head], **dict(zip(keywords, args[head:], strict=True)))
+
+    return kernel
+
+
+def register(key: str, library: torch.library.Library = ops.LIBRARY) -> None:
+    """Make the launchers the kernels of a dispatch key."""
+    for name in _MODULES:
+        library.impl(name, _kernel(name), key)
+
+
+if importlib.util.find_spec("triton") is not None:
+    register("CUDA")

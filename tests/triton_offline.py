@@ -1,0 +1,189 @@
+"""Triton without a GPU: the launchers run as they are, up to the driver's launch.
+
+`OfflineDriver(target)` takes the place of Triton's driver: kernels are compiled for `target` by the
+compiler that the target's users have, from the arguments that the launchers really pass (here CPU
+tensors), and each launch is recorded instead of made. So a test sees which kernels an operator
+launches at a shape, what they compile to, and what the way there costs on the host.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory that one program may have, in bytes.
+MAX_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclasses.dataclass
+class Launch:
+    kernel: str
+    grid: tuple[int, int, int]
+
+
+class OfflineDriver:
+    """What triton.runtime.JITFunction asks of a driver."""
+
+    def __init__(self, target: str) -> None:
+        self.name = target
+        self.launches: list[Launch] = []
+        self.utils = self  # load_binary and get_device_properties
+        self.recording = True
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": MAX_SHARED[self.name]}
+
+    def load_binary(self, name: str, *_: Any) -> tuple[Any, ...]:
+        return object(), name, 0, 0, 1024
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Any:
+        def launcher(x: int, y: int, z: int, stream: int, function: str, *_: Any) -> None:
+            if self.recording:
+                self.launches.append(Launch(function, (x, y, z)))
+
+        return launcher
+
+
+@contextlib.contextmanager
+def offline(target: str) -> Iterator[OfflineDriver]:
+    """Launchers on CPU tensors compile for `target` and record their launches."""
+    from skipvit_kernels.backends.triton import rows, scores, tiles, topk
+
+    kernels = [
+        value
+        for module in (rows, scores, topk)
+        for value in vars(module).values()
+        if isinstance(value, triton.runtime.JITFunction)
+    ]
+    previous, interpreting = driver._active, tiles.INTERPRETING
+    offline_driver = OfflineDriver(target)
+    driver.set_active(offline_driver)
+    tiles.INTERPRETING = True  # CPU tensors may be launched on
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    try:
+        yield offline_driver
+    finally:
+        for kernel in kernels:
+            for compiled_kernel in (kernel.device_caches[0][0] if kernel.device_caches else {}).values():
+                compiled_kernel.module = None  # there is nothing to unload
+            kernel.device_caches.clear()
+        driver._active = previous
+        tiles.INTERPRETING = interpreting
+
+
+def compiled(*modules: Any) -> dict[str, list[Any]]:
+    """The kernels compiled so far, by name; several where arguments were specialised apart."""
+    found: dict[str, list[Any]] = collections.defaultdict(list)
+    for module in modules:
+        for name, value in vars(module).items():
+            if isinstance(value, triton.runtime.JITFunction) and value.device_caches:
+                found[name] += value.device_caches[0][0].values()
+    return found
+
+
+@dataclasses.dataclass
+class Resources:
+    """What one compiled kernel takes of the machine, and how wide it moves data."""
+
+    registers: int
+    spills: int  # bytes, or on AMD registers, that do not fit and go through memory
+    shared: int  # bytes
+    wide_loads: int  # 16 bytes each
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+
+
+def resources(kernel: Any, target: str) -> Resources:
+    if target.startswith("gfx"):
+        return _amd_resources(kernel)
+    ptx = kernel.asm["ptx"]
+    loads = re.findall(r"ld\.global\S*", ptx)
+    stores = re.findall(r"st\.global\S*", ptx)
+
+    def wide(instruction: str) -> bool:
+        return bool(re.search(r"\.v4\.b32|\.v2\.b64", instruction))
+
+    usage = _cuobjdump(kernel.asm["cubin"])
+    number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
+    return Resources(
+        registers=number["REG"],
+        spills=number["STACK"] + number["LOCAL"],
+        shared=kernel.metadata.shared,
+        wide_loads=sum(map(wide, loads)),
+        narrow_loads=sum(not wide(i) for i in loads),
+        wide_stores=sum(map(wide, stores)),
+        narrow_stores=sum(not wide(i) for i in stores),
+    )
+
+
+def _cuobjdump(cubin: bytes) -> str:
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        pathlib.Path(path).write_bytes(cubin)
+        command = [str(tool), "-res-usage", path]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _amd_resources(kernel: Any) -> Resources:
+    text = kernel.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert match, f"the assembly does not say {name}"
+        return int(match.group(1))
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, text))
+
+    return Resources(
+        registers=field("vgpr_count"),
+        spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
+        shared=kernel.metadata.shared,
+        wide_loads=count(r"(?:global|buffer)_load_dwordx4"),
+        narrow_loads=count(r"(?:global|buffer)_load_(?!dwordx4)"),
+        wide_stores=count(r"(?:global|buffer)_store_dwordx4"),
+        narrow_stores=count(r"(?:global|buffer)_store_(?!dwordx4)"),
+    )
+
+
+def vit_inputs(batch: int, num_tokens: int, columns: int, heads: int, dtype: torch.dtype) -> Any:
+    """x, scores (B, n), an index of 45 % of the patches, tokens; q and k as timm's qkv gives."""
+    num_keep = -(-(num_tokens - 1) * 45 // 100)
+    x = torch.empty(batch, num_tokens, columns, dtype=dtype)
+    scores = torch.empty(batch, num_tokens - 1)
+    index = torch.zeros(batch, num_keep + 1, dtype=torch.int64)
+    tokens = torch.empty(batch, num_keep + 1, columns, dtype=dtype)
+    qkv = torch.empty(batch, num_tokens, 3, heads, columns // heads, dtype=dtype)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return x, scores, num_keep, index, tokens, q[:, :, 0], k
