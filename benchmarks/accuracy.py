@@ -145,9 +145,11 @@ def main() -> None:
     )
     table = evaluate(model, loader, ["", *configs], args.device)
 
-    print(f"{args.model}, {len(loader.dataset)} images, batch {args.batch_size}, {args.device} "
-          f"({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads), "
-          f"torch {torch.__version__}, timm {timm.__version__}")
+    print(
+        f"{args.model}, {len(loader.dataset)} images, batch {args.batch_size}, {args.device} "
+        f"({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads), "
+        f"torch {torch.__version__}, timm {timm.__version__}"
+    )
     widths = {name: max(len(row[name]) for row in table) for name in table[0]}
     widths = {name: max(width, len(name)) for name, width in widths.items()}
     print("  ".join(name.ljust(width) for name, width in widths.items()))

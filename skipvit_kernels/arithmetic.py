@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ class ViTShape:
     other_macs: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module) -> ViTShape:
+    def of(cls, model: Any) -> ViTShape:
         """Read off a timm VisionTransformer, at the image size that it was built for."""
         block = model.blocks[0]
         patches = model.patch_embed.num_patches
@@ -63,9 +64,7 @@ def macs(model_or_shape: nn.Module | ViTShape, config: SkipConfig | str = "") ->
     Raises:
         ValueError: where the configuration does not fit the depth.
     """
-    shape = model_or_shape
-    if isinstance(shape, nn.Module):
-        shape = ViTShape.of(shape)
+    shape = model_or_shape if isinstance(model_or_shape, ViTShape) else ViTShape.of(model_or_shape)
     config = SkipConfig.parse(config) if isinstance(config, str) else config
     attention_dim = shape.attention_dim or shape.embed_dim
     attention_weights = shape.attention_weights or 4 * shape.embed_dim**2

@@ -148,7 +148,9 @@ class SkipConfig:
             elif re.fullmatch(r"warmup=\d+", option):
                 warmup = int(option.removeprefix("warmup="))
             else:
-                raise ValueError(f'options must be "mean" or "warmup=15", got {option!r} in {text!r}')
+                raise ValueError(
+                    f'options must be "mean" or "warmup=15", got {option!r} in {text!r}'
+                )
         return cls(
             layers,
             ratios,

@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -74,8 +75,9 @@ class SkipSequential(nn.Sequential):
 
     def __getitem__(self, idx: Any) -> Any:
         if isinstance(idx, slice):
-            return nn.Sequential(OrderedDict(itertools.islice(
-                self._modules.items(), *idx.indices(len(self)))))
+            return nn.Sequential(
+                OrderedDict(itertools.islice(self._modules.items(), *idx.indices(len(self))))
+            )
         return super().__getitem__(idx)
 
 
@@ -160,7 +162,7 @@ def patch(
     if warmup_epochs is not None:
         config = dataclasses.replace(config, warmup_epochs=warmup_epochs)
     _check_model(model)
-    blocks = model.blocks
+    blocks: Any = model.blocks
     config.check_depth(len(blocks))
     stop = None if config.rejoin_at is None else config.rejoin_at - 1
     for layer in config.drop_at[:1]:
@@ -189,7 +191,7 @@ def unpatch(model: nn.Module) -> nn.Module:
                 del hooks[key]
         for name in SkipSequential.__annotations__:
             delattr(blocks, name)
-        blocks.__class__ = nn.Sequential
+        blocks.__class__ = nn.Sequential  # type: ignore[assignment]
     return model
 
 
@@ -233,8 +235,10 @@ def record_skips(model: nn.Module) -> Iterator[list[SkipRecord]]:
     """
     patched = _patched(model, "record_skips")
     if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
-        raise ValueError("model must not checkpoint gradients while recording, "
-                         "got grad_checkpointing=True: call set_grad_checkpointing(False)")
+        raise ValueError(
+            "model must not checkpoint gradients while recording, "
+            "got grad_checkpointing=True: call set_grad_checkpointing(False)"
+        )
     records: list[SkipRecord] = []
     for blocks in patched:
         blocks.recorder = records
@@ -266,15 +270,16 @@ def verify(
     if isinstance(config, str):
         config = SkipConfig.parse(config)
     nothing_dropped = dataclasses.replace(
-        config, drop_ratio=(0,) * len(config.drop_at), warmup_epochs=0
+        config, drop_ratio=(Fraction(0),) * len(config.drop_at), warmup_epochs=0
     )
     model = copy.deepcopy(model).eval()
     if is_patched(model):
         unpatch(model)
     _check_model(model)
     if images is None:
-        weight = model.patch_embed.proj.weight
-        images = torch.randn(2, weight.shape[1], *model.patch_embed.img_size).to(weight)
+        embed: Any = model.patch_embed
+        weight = embed.proj.weight
+        images = torch.randn(2, weight.shape[1], *embed.img_size).to(weight)
     plain = model(images)
     routed = patch(model, nothing_dropped)(images)
     difference = (plain - routed).abs().max().item()
@@ -314,8 +319,9 @@ class _DirectCall:
 def _patched(model: nn.Module, caller: str) -> list[SkipSequential]:
     found = [module for module in model.modules() if isinstance(module, SkipSequential)]
     if not found:
-        raise ValueError(f"{caller} needs a patched model, got a {type(model).__name__} "
-                         "that is not patched")
+        raise ValueError(
+            f"{caller} needs a patched model, got a {type(model).__name__} that is not patched"
+        )
     return found
 
 
@@ -325,15 +331,21 @@ def _check_model(model: nn.Module) -> None:
 
     name = type(model).__name__
     if is_patched(model):
-        raise ValueError("model must not be patched already, got one patched with "
-                         f"{_patched(model, 'patch')[0].config}: call unpatch first")
+        raise ValueError(
+            "model must not be patched already, got one patched with "
+            f"{_patched(model, 'patch')[0].config}: call unpatch first"
+        )
     if not isinstance(model, VisionTransformer):
         raise ValueError(
             f"model must be a timm VisionTransformer, got {name}: its blocks are not known to run "
             "on a subset of the tokens (patch a model before DDP or torch.compile wraps it)"
         )
     if model.cls_token is None:
-        raise ValueError(f"model must have a CLS token, whose attention scores the patches; got a "
-                         f"{name} without one (global_pool={model.global_pool!r})")
+        raise ValueError(
+            f"model must have a CLS token, whose attention scores the patches; got a "
+            f"{name} without one (global_pool={model.global_pool!r})"
+        )
     if type(model.blocks) is not nn.Sequential:
-        raise ValueError(f"model.blocks must be an nn.Sequential, got {type(model.blocks).__name__}")
+        raise ValueError(
+            f"model.blocks must be an nn.Sequential, got {type(model.blocks).__name__}"
+        )

@@ -1,7 +1,6 @@
+import backend_matrix
 import pytest
 import torch
-
-import backend_matrix
 
 
 @pytest.fixture

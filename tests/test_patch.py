@@ -127,12 +127,14 @@ def test_forward_and_gradients_are_skipvit(model, images, text):
     sk.patch(model, config)
     got = model(images)
     # Scores are float32 by contract: 1e-7 relative, in the fused rows' weights only.
-    tolerance = dict(rtol=1e-5, atol=1e-6) if config.method == "fuse" else dict(rtol=1e-9,
-                                                                                atol=1e-11)
+    tolerance = (
+        dict(rtol=1e-5, atol=1e-6) if config.method == "fuse" else dict(rtol=1e-9, atol=1e-11)
+    )
     torch.testing.assert_close(got, expected, **tolerance)
     grads = torch.autograd.grad(got.square().sum(), list(model.parameters()))
-    tolerance = dict(rtol=1e-4, atol=1e-5) if config.method == "fuse" else dict(rtol=1e-7,
-                                                                                atol=1e-9)
+    tolerance = (
+        dict(rtol=1e-4, atol=1e-5) if config.method == "fuse" else dict(rtol=1e-7, atol=1e-9)
+    )
     for grad, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, want, **tolerance)
 
@@ -149,22 +151,22 @@ def test_verify_catches_a_model_whose_routing_changes_it(images):
     model.blocks[5].attn.scale *= 1.5  # SDPA does not look at it; the routing must not either
     assert sk.verify(model, "6(55%)+11").identical
     model.blocks[5].attn.forward = lambda x, attn_mask=None, is_causal=False: 2 * x
-    with pytest.raises(RuntimeError, match="VisionTransformer with 6.0%..11 must agree"):
+    with pytest.raises(RuntimeError, match=r"VisionTransformer with 6.0%..11 must agree"):
         sk.verify(model, "6(55%)+11")
 
 
-def test_each_block_sees_the_tokens_that_the_config_counts(images):
-    for text in CONFIGS:
-        model, seen = vit().eval(), {}
-        for layer, block in enumerate(model.blocks, start=1):
-            for part in ("attn.qkv", "mlp"):
-                block.get_submodule(part).register_forward_pre_hook(
-                    lambda m, args, key=(layer, part): seen.__setitem__(key, args[0].shape[1])
-                )
-        sk.patch(model, text)(images)
-        counts = sk.SkipConfig.parse(text).token_counts(12, 36)
-        assert [seen[layer, "attn.qkv"] for layer in range(1, 13)] == [c.attention for c in counts]
-        assert [seen[layer, "mlp"] for layer in range(1, 13)] == [c.mlp for c in counts]
+@pytest.mark.parametrize("text", CONFIGS)
+def test_each_block_sees_the_tokens_that_the_config_counts(images, text):
+    model, seen = vit().eval(), {}
+    for layer, block in enumerate(model.blocks, start=1):
+        for part in ("attn.qkv", "mlp"):
+            block.get_submodule(part).register_forward_pre_hook(
+                lambda m, args, key=(layer, part): seen.__setitem__(key, args[0].shape[1])
+            )
+    sk.patch(model, text)(images)
+    counts = sk.SkipConfig.parse(text).token_counts(12, 36)
+    assert [seen[layer, "attn.qkv"] for layer in range(1, 13)] == [c.attention for c in counts]
+    assert [seen[layer, "mlp"] for layer in range(1, 13)] == [c.mlp for c in counts]
 
 
 def test_eager_attention_is_respected(images):
@@ -192,8 +194,12 @@ def test_a_skip_block_is_the_patched_run(images):
 
 def everything_about(model):
     return {
-        name: (type(module), sorted(vars(module)), list(module._modules),
-               list(module._forward_pre_hooks))
+        name: (
+            type(module),
+            sorted(vars(module)),
+            list(module._modules),
+            list(module._forward_pre_hooks),
+        )
         for name, module in model.named_modules()
     }
 
@@ -414,7 +420,7 @@ def test_recorded_patches_are_those_that_cls_looks_at(images):
     model = vit().eval()
     tokens = model._pos_embed(model.patch_embed(images))
     block = model.blocks[0]
-    b, n, c = tokens.shape
+    b, n, _ = tokens.shape
     qkv = block.attn.qkv(block.norm1(tokens)).reshape(b, n, 3, 3, 16).permute(2, 0, 3, 1, 4)
     scores = (qkv[0] @ qkv[1].transpose(-2, -1) / 4).softmax(-1)[:, :, 0, 1:].mean(1)
     sk.patch(model, "1(50%)+2")
@@ -436,26 +442,47 @@ def test_a_failing_context_stops_the_recording(images):
 
 
 def refusals():
-    rope = timm.create_model("vit_small_patch16_rope_224", depth=2) if timm.is_model(
-        "vit_small_patch16_rope_224") else timm.create_model("eva02_tiny_patch14_224", depth=2)
+    rope = (
+        timm.create_model("vit_small_patch16_rope_224", depth=2)
+        if timm.is_model("vit_small_patch16_rope_224")
+        else timm.create_model("eva02_tiny_patch14_224", depth=2)
+    )
     return {
-        "Swin": (timm.create_model("swin_tiny_patch4_window7_224"), "6(55%)+11",
-                 "model must be a timm VisionTransformer, got SwinTransformer"),
-        "RoPE": (rope, "1(55%)+2", f"model must be a timm VisionTransformer, got {type(rope).__name__}"),
-        "no CLS": (timm.create_model("vit_small_patch16_224", class_token=False,
-                                     global_pool="avg"), "6(55%)+11",
-                   "model must have a CLS token, whose attention scores the patches; got a "
-                   "VisionTransformer without one (global_pool='avg')"),
-        "parallel blocks": (vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
-                            "6(55%)+11", "block 0 of the run must be a timm.models.vision_transform"
-                            "er.Block, got timm.models.vision_transformer.ParallelScalingBlock"),
-        "post-norm blocks": (vit(block_fn=timm.models.vision_transformer.ResPostBlock),
-                             "6(55%)+11", "block 0 of the run must be"),
+        "Swin": (
+            timm.create_model("swin_tiny_patch4_window7_224"),
+            "6(55%)+11",
+            "model must be a timm VisionTransformer, got SwinTransformer",
+        ),
+        "RoPE": (
+            rope,
+            "1(55%)+2",
+            f"model must be a timm VisionTransformer, got {type(rope).__name__}",
+        ),
+        "no CLS": (
+            timm.create_model("vit_small_patch16_224", class_token=False, global_pool="avg"),
+            "6(55%)+11",
+            "model must have a CLS token, whose attention scores the patches; got a "
+            "VisionTransformer without one (global_pool='avg')",
+        ),
+        "parallel blocks": (
+            vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
+            "6(55%)+11",
+            "block 0 of the run must be a timm.models.vision_transform"
+            "er.Block, got timm.models.vision_transformer.ParallelScalingBlock",
+        ),
+        "post-norm blocks": (
+            vit(block_fn=timm.models.vision_transformer.ResPostBlock),
+            "6(55%)+11",
+            "block 0 of the run must be",
+        ),
         "13 of 12": (vit(), "13(55%)+14", "drop_at must be at most 12, the model's depth, got 13"),
         "rejoin at 13": (vit(), "6(55%)+13", "rejoin_at must be at most 12, the model's depth"),
         "notation": (vit(), "6(120%)", "ratios must lie between 0% and 100%, got 120%"),
-        "wrapped": (nn.Sequential(vit()), "6(55%)+11",
-                    "model must be a timm VisionTransformer, got Sequential"),
+        "wrapped": (
+            nn.Sequential(vit()),
+            "6(55%)+11",
+            "model must be a timm VisionTransformer, got Sequential",
+        ),
     }
 
 
@@ -487,7 +514,11 @@ def test_a_subclass_of_a_known_block_is_refused():
 
 def test_misuse_raises_and_leaves_the_model(images):
     model = vit().eval()
-    for call in (sk.unpatch, lambda m: sk.set_epoch(m, 1), lambda m: sk.record_skips(m).__enter__()):
+    for call in (
+        sk.unpatch,
+        lambda m: sk.set_epoch(m, 1),
+        lambda m: sk.record_skips(m).__enter__(),
+    ):
         with pytest.raises(ValueError, match="needs a patched model, got a VisionTransformer"):
             call(model)
     sk.patch(model, "6(55%)+11")
@@ -511,7 +542,7 @@ def test_ways_around_the_patched_blocks_are_refused(images):
         lambda: model(images, attn_mask=torch.ones(37, 37, dtype=torch.bool)),
         lambda: model.blocks[5](torch.randn(1, 37, 48)),
     ):
-        with pytest.raises(RuntimeError, match="layer 6 drops tokens .* unpatch"):
+        with pytest.raises(RuntimeError, match=r"layer 6 drops tokens .* unpatch"):
             call()
     model.set_grad_checkpointing()
     with pytest.raises(ValueError, match="must not checkpoint gradients while recording"):
