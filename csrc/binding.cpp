@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -185,20 +186,34 @@ struct Byte16 {
   alignas(16) char bytes[16];
 };
 
-// Checks the index and returns its inverse (B, N).
-const int32_t* checked_inverse(const View& index, int64_t num_tokens) {
-  if (num_tokens > INT32_MAX) {
-    fail("an image must have less than 2**31 rows, got ", num_tokens);
-  }
-  int32_t* inverse = caller_scratch<int32_t>(index.size[0] * num_tokens);
-  const IndexCheck check = kernels().invert_index(index, num_tokens, inverse);
+void raise_if_invalid(const IndexCheck& check, int64_t num_rows) {
   if (check.kind == IndexCheck::kOutOfRange) {
-    fail("index must hold rows in [0, ", num_tokens, "), got ", check.row);
+    fail("index must hold rows in [0, ", num_rows, "), got ", check.row);
   }
   if (check.kind == IndexCheck::kRepeated) {
     fail("index must hold each row of an image once, got ", check.row, " twice in image ",
          check.image);
   }
+}
+
+// Checks the index and returns its inverse (B, N).
+const int32_t* checked_inverse(const View& index, int64_t num_tokens) {
+  if (num_tokens > INT32_MAX) {
+    fail("an image must have less than 2**31 rows, got ", num_tokens);
+  }
+  const int64_t batch = index.size[0];
+  int32_t* inverse = caller_scratch<int32_t>(batch * num_tokens);
+  IndexCheck first{IndexCheck::kOk, batch, 0};
+  std::mutex mutex;
+  // An entry costs about as much as moving 64 bytes.
+  for_items(batch, index.size[1] * 64, [&](int64_t begin, int64_t end) {
+    const IndexCheck check = kernels().invert_index(index, num_tokens, inverse, begin, end);
+    if (check.kind != IndexCheck::kOk) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      first = check.image < first.image ? check : first;
+    }
+  });
+  raise_if_invalid(first, num_tokens);
   return inverse;
 }
 
@@ -338,14 +353,7 @@ std::tuple<Tensor, Tensor> gather_topk_fuse_backward(const Tensor& grad, const T
 Tensor gather_rows(const Tensor& x, const Tensor& index) {
   const View from = float_view("x", x, {-1, -1, -1});
   const View rows = index_view(index, from.size[0]);
-  for (int64_t b = 0; b < rows.size[0]; ++b) {
-    const int64_t* entry = static_cast<const int64_t*>(rows.data) + b * rows.stride[0];
-    for (int64_t r = 0; r < rows.size[1]; ++r, entry += rows.stride[1]) {
-      if (*entry < 0 || *entry >= from.size[1]) {
-        fail("index must hold rows in [0, ", from.size[1], "), got ", *entry);
-      }
-    }
-  }
+  raise_if_invalid(kernels().check_range(rows, from.size[1]), from.size[1]);
   Tensor out = empty_like(x, {from.size[0], rows.size[1], from.size[2]});
   move_rows(from, rows, output_view(out, from));
   return out;

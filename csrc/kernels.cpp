@@ -603,8 +603,27 @@ void select_topk(const void* mean, bool wide, int64_t num_patches, int64_t num_k
 
 // ------------------------------------------------------------------------------- row moves
 
-IndexCheck invert_index(const View& index, int64_t num_tokens, int32_t* inverse) {
+IndexCheck check_range(const View& index, int64_t num_rows) {
   for (int64_t b = 0; b < index.size[0]; ++b) {
+    // The sign of `outside` says that some row is negative or beyond the last: one test an image.
+    uint64_t outside = 0;
+    for (int64_t r = 0; r < index.size[1]; ++r) {
+      const uint64_t row = static_cast<uint64_t>(*at<int64_t>(index, b, r));
+      outside |= row | (static_cast<uint64_t>(num_rows) - 1 - row);
+    }
+    for (int64_t r = 0; static_cast<int64_t>(outside) < 0 && r < index.size[1]; ++r) {
+      const int64_t row = *at<int64_t>(index, b, r);
+      if (row < 0 || row >= num_rows) {
+        return {IndexCheck::kOutOfRange, b, row};
+      }
+    }
+  }
+  return {IndexCheck::kOk, 0, 0};
+}
+
+IndexCheck invert_index(const View& index, int64_t num_tokens, int32_t* inverse, int64_t begin,
+                        int64_t end) {
+  for (int64_t b = begin; b < end; ++b) {
     int32_t* rank = inverse + b * num_tokens;
     std::memset(rank, -1, num_tokens * sizeof(int32_t));
     for (int64_t r = 0; r < index.size[1]; ++r) {
@@ -872,7 +891,7 @@ void scatter_back_backward(const View& grad, const int32_t* inverse, const View&
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    cls_logits,  cls_softmax_mean, head_mean,     select_topk,  invert_index,
+    cls_logits,  cls_softmax_mean, head_mean,     select_topk,  check_range,           invert_index,
     gather_rows, sum_dropped,      fuse_backward, scatter_rows, scatter_back_backward,
 };
 

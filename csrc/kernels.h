@@ -22,7 +22,7 @@ struct View {
   int64_t stride[4];
 };
 
-// The rows that are not valid in an index (B, M); `ok` when there are none.
+// The first row that is not valid in an index (B, M), if there is one.
 struct IndexCheck {
   enum Kind { kOk, kOutOfRange, kRepeated } kind;
   int64_t image;
@@ -51,8 +51,13 @@ struct Kernels {
   void (*select_topk)(const void* mean, bool wide, int64_t num_patches, int64_t num_keep,
                       int64_t num_prefix, int64_t* index, int64_t begin, int64_t end);
 
-  // inverse (B, N): the r with index[b, r] == row, or -1. Stops at the first invalid entry.
-  IndexCheck (*invert_index)(const View& index, int64_t num_tokens, int32_t* inverse);
+  // Whether every entry of index (B, M) is in [0, num_rows).
+  IndexCheck (*check_range)(const View& index, int64_t num_rows);
+
+  // inverse (B, N): the r with index[b, r] == row, or -1. Items: images; stops at the first invalid
+  // entry, one out of range or a repeated one.
+  IndexCheck (*invert_index)(const View& index, int64_t num_tokens, int32_t* inverse, int64_t begin,
+                             int64_t end);
 
   // out[b, r] = x[b, index[b, r]]. Items: the B*M rows. out may have more than M rows per image.
   void (*gather_rows)(const View& x, const View& index, const View& out, int64_t begin,
