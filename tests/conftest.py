@@ -3,6 +3,11 @@ import pytest
 import torch
 
 
+# The models here are tiny: on a busy machine two threads that wait for each other take eight times as
+# long as one. Threads are exercised where they matter, in test_threads_do_not_change_a_bit.
+torch.set_num_threads(1)
+
+
 @pytest.fixture
 def poisoned():
     """Every freshly allocated tensor holds NaN (integers: the largest value) until written."""

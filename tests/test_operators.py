@@ -439,6 +439,44 @@ def test_the_same_bits_every_run(backend):
             same_bits(a, b)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_threads_do_not_change_a_bit(backend, batch):
+    """More threads than images, fewer, and sizes that do not divide: over the grain of 64 KiB."""
+    if backend.device != "cpu":
+        pytest.skip(f"{backend.name} has no CPU threads")
+    x, scores, num_keep, prefix = make(backend, (batch, 196, 1, 384, 89), torch.float32, heads=3)
+    q, k = cls_inputs(backend, torch.float32, batch, 6, 197, 64, "qkv")
+    grad, update = torch.randn(x.shape), torch.randn(batch, 384)
+
+    def everything():
+        tokens, index = backend.launcher("gather_topk")(
+            x, scores, num_keep, num_prefix_tokens=prefix
+        )
+        fused, _ = backend.launcher("gather_topk_fuse")(
+            x, scores, num_keep, num_prefix_tokens=prefix
+        )
+        return [
+            backend.launcher("cls_scores")(q, k, scale=0.125, num_prefix_tokens=1),
+            tokens,
+            index,
+            fused,
+            *backend.launcher("gather_topk_fuse_backward")(fused, x, scores, index),
+            backend.launcher("gather_rows")(x, index),
+            backend.launcher("gather_rows_backward")(tokens, index, 197),
+            backend.launcher("scatter_back")(x, tokens, index, update=update),
+            *backend.launcher("scatter_back_backward")(grad, index, True),
+        ]
+
+    expected = everything()
+    try:
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            for got, want in zip(everything(), expected, strict=True):
+                same_bits(got, want)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_an_image_gets_the_same_bits_alone_and_in_a_batch(backend):
     x, scores, num_keep, prefix = make(backend, (5, 100, 1, 32, 45), torch.float32, heads=3)
     q, k = cls_inputs(backend, torch.float32, 5, 3, 101, 16, "qkv")
