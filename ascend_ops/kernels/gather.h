@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copies rows by a table: out[r] = x[table[r]], double-buffered, untouched by the vector unit.
+#pragma once
+
+#include "common.h"
+
+namespace skipvit {
+
+class RowGather {
+ public:
+  __aicore__ inline void Init(TPipe* pipe, GM_ADDR x, GM_ADDR out, uint32_t row_bytes,
+                              uint32_t tile_rows) {
+    width_ = row_bytes / sizeof(int16_t);
+    tile_rows_ = tile_rows;
+    x_.SetGlobalBuffer(reinterpret_cast<__gm__ int16_t*>(x));
+    out_.SetGlobalBuffer(reinterpret_cast<__gm__ int16_t*>(out));
+    pipe->InitBuffer(queue_, 2, tile_rows * row_bytes);
+  }
+
+  // out[out_row + i] = x[x_row + table[i]] for i < count. Neighbours in x travel as one copy.
+  __aicore__ inline void Copy(const LocalTensor<int32_t>& table, uint32_t count, uint64_t x_row,
+                              uint64_t out_row) {
+    for (uint32_t done = 0; done < count; done += tile_rows_) {
+      const uint32_t rows = Smaller(tile_rows_, count - done);
+      LocalTensor<int16_t> tile = queue_.AllocTensor<int16_t>();
+      for (uint32_t r = 0; r < rows;) {
+        const int32_t first = table.GetValue(done + r);
+        uint32_t run = 1;
+        while (r + run < rows &&
+               table.GetValue(done + r + run) == first + static_cast<int32_t>(run)) {
+          ++run;
+        }
+        DataCopy(tile[r * width_], x_[(x_row + first) * width_], run * width_);
+        r += run;
+      }
+      queue_.EnQue(tile);
+      tile = queue_.DeQue<int16_t>();
+      DataCopy(out_[(out_row + done) * width_], tile, rows * width_);
+      queue_.FreeTensor(tile);
+    }
+  }
+
+ private:
+  TQueBind<TPosition::VECIN, TPosition::VECOUT, 2> queue_;
+  GlobalTensor<int16_t> x_, out_;
+  uint32_t width_, tile_rows_;
+};
+
+}  // namespace skipvit

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the kernels on the CPU model: the launch functions that CANN would generate, and a C
+// interface for Python over the same host code that the torch_npu binding uses.
+#include <memory>
+
+#include "../../ascend_ops/host/launches.h"
+#include "../../ascend_ops/host/operators.h"
+#include "kernel_operator.h"
+
+// The kernels, as CANN would compile them one by one.
+#include "../../ascend_ops/kernels/cls_softmax.cpp"
+#include "../../ascend_ops/kernels/fuse_backward.cpp"
+#include "../../ascend_ops/kernels/gather_rows.cpp"
+#include "../../ascend_ops/kernels/gather_topk.cpp"
+#include "../../ascend_ops/kernels/mean_heads.cpp"
+#include "../../ascend_ops/kernels/place_rows.cpp"
+#include "../../ascend_ops/kernels/sum_rows.cpp"
+
+namespace {
+
+model::Launch current;                      // the memory of the call in progress
+std::vector<std::vector<uint8_t>> written;  // by range: bytes written by any kernel of the call
+std::string error;
+
+// One launch: every core in turn. What a core wrote is forbidden to read until the next launch.
+template <class Kernel, class... Args>
+uint32_t launch(const char* name, Kernel kernel, uint32_t cores, Args... args) {
+  if (cores < 1 || cores > skipvit::kMaxCores) {
+    error = std::string(name) + ": cores must be in [1, 32], got " + std::to_string(cores);
+    return 1;
+  }
+  for (model::GmRange& range : current.ranges) {
+    range.writer.assign(range.bytes, -1);
+  }
+  for (uint32_t i = 0; i < cores; ++i) {
+    model::core().reset(&current, i);
+    try {
+      kernel(args...);
+      model::core().finish();
+    } catch (const model::Fault& fault) {
+      error = std::string(name) + ", core " + std::to_string(i) + ": " + fault.what();
+      return 1;
+    }
+  }
+  for (size_t r = 0; r < current.ranges.size(); ++r) {
+    const model::GmRange& range = current.ranges[r];
+    for (size_t i = 0; range.writable && i < range.bytes; ++i) {
+      if (range.writer[i] >= 0 && ++written[r][i] > 1) {
+        error = std::string(name) + ": a kernel before it wrote the same byte";
+        return 1;
+      }
+    }
+  }
+  return 0;
+}
+
+uint8_t* gm(void* data) { return static_cast<uint8_t*>(data); }
+
+}  // namespace
+
+extern "C" {
+
+uint32_t aclrtlaunch_skipvit_gather_topk(uint32_t cores, void*, void* x, void* scores, void* tokens,
+                                         void* index, uint64_t total, uint64_t per_core, uint32_t a,
+                                         uint32_t b, uint32_t c, uint32_t d, uint32_t e, uint32_t f,
+                                         uint32_t g, uint32_t h) {
+  return launch("gather_topk", skipvit_gather_topk, cores, gm(x), gm(scores), gm(tokens), gm(index),
+                total, per_core, a, b, c, d, e, f, g, h);
+}
+
+uint32_t aclrtlaunch_skipvit_gather_rows(uint32_t cores, void*, void* x, void* index, void* out,
+                                         uint64_t total, uint64_t per_core, uint32_t a, uint32_t b,
+                                         uint32_t c, uint32_t d) {
+  return launch("gather_rows", skipvit_gather_rows, cores, gm(x), gm(index), gm(out), total,
+                per_core, a, b, c, d);
+}
+
+uint32_t aclrtlaunch_skipvit_place_rows(uint32_t cores, void*, void* moved, void* base,
+                                        void* update, void* index, void* out, uint64_t total,
+                                        uint64_t per_core, uint32_t a, uint32_t b, uint32_t c,
+                                        uint32_t d, uint32_t e) {
+  return launch("place_rows", skipvit_place_rows, cores, gm(moved), gm(base), gm(update), gm(index),
+                gm(out), total, per_core, a, b, c, d, e);
+}
+
+uint32_t aclrtlaunch_skipvit_sum_rows(uint32_t cores, void*, void* x, void* scores, void* index,
+                                      void* out, uint64_t total, uint64_t per_core, uint32_t a,
+                                      uint32_t b, uint32_t c, uint32_t d, uint32_t e, uint32_t f,
+                                      uint32_t g, uint32_t h, uint32_t i, uint32_t j) {
+  return launch("sum_rows", skipvit_sum_rows, cores, gm(x), gm(scores), gm(index), gm(out), total,
+                per_core, a, b, c, d, e, f, g, h, i, j);
+}
+
+uint32_t aclrtlaunch_skipvit_fuse_backward(uint32_t cores, void*, void* grad, void* x, void* scores,
+                                           void* index, void* grad_x, void* dots, uint64_t total,
+                                           uint64_t per_core, uint32_t a, uint32_t b, uint32_t c,
+                                           uint32_t d, uint32_t e, uint32_t f, uint32_t g,
+                                           uint32_t h) {
+  return launch("fuse_backward", skipvit_fuse_backward, cores, gm(grad), gm(x), gm(scores),
+                gm(index), gm(grad_x), gm(dots), total, per_core, a, b, c, d, e, f, g, h);
+}
+
+uint32_t aclrtlaunch_skipvit_cls_softmax(uint32_t cores, void*, void* q, void* k, void* out,
+                                         uint64_t total, uint64_t per_core, uint64_t image,
+                                         uint64_t head, uint32_t a, uint32_t b, uint32_t c,
+                                         uint32_t d, uint32_t e, uint32_t f, float scale) {
+  return launch("cls_softmax", skipvit_cls_softmax, cores, gm(q), gm(k), gm(out), total, per_core,
+                image, head, a, b, c, d, e, f, scale);
+}
+
+uint32_t aclrtlaunch_skipvit_mean_heads(uint32_t cores, void*, void* in, void* out, uint64_t total,
+                                        uint64_t per_core, uint32_t a, uint32_t b, uint32_t c,
+                                        uint32_t d, uint32_t e, uint32_t f, float divisor) {
+  return launch("mean_heads", skipvit_mean_heads, cores, gm(in), gm(out), total, per_core, a, b, c,
+                d, e, f, divisor);
+}
+
+// ---------------------------------------------------------------- the interface for Python
+
+struct PlainView {
+  const char* name;
+  void* data;
+  const char* dtype;
+  int32_t dim, absent;
+  int64_t sizes[4], strides[4];
+};
+
+const char* skipvit_model_error() { return error.c_str(); }
+
+// A call of `op` on views and numbers, or null: *kind is then 1 for a TypeError, 2 for a
+// ValueError.
+skipvit::Call* skipvit_model_plan(const char* op, const PlainView* plain, const double* numbers,
+                                  uint32_t cores, int* kind) {
+  skipvit::View v[4];
+  for (int i = 0; i < 4; ++i) {
+    const PlainView& p = plain[i];
+    v[i].absent = p.absent != 0 || p.name == nullptr;
+    if (!v[i].absent) {
+      v[i] = {p.name, p.data, p.dtype, {p.sizes, p.sizes + p.dim}, {p.strides, p.strides + p.dim}};
+    }
+  }
+  const auto number = [&](int i) { return static_cast<int64_t>(numbers[i]); };
+  const std::string name = op;
+  try {
+    return new skipvit::Call(
+        name == "gather_topk" ? skipvit::gather_topk(v[0], v[1], number(0), number(1), false, cores)
+        : name == "gather_topk_fuse"
+            ? skipvit::gather_topk(v[0], v[1], number(0), number(1), true, cores)
+        : name == "gather_topk_fuse_backward"
+            ? skipvit::gather_topk_fuse_backward(v[0], v[1], v[2], v[3], cores)
+        : name == "gather_rows" ? skipvit::gather_rows(v[0], v[1], cores)
+        : name == "gather_rows_backward"
+            ? skipvit::gather_rows_backward(v[0], v[1], number(0), cores)
+        : name == "scatter_back" ? skipvit::scatter_back(v[0], v[1], v[2], v[3], cores)
+        : name == "scatter_back_backward"
+            ? skipvit::scatter_back_backward(v[0], v[1], number(0) != 0, cores)
+            : skipvit::cls_scores(v[0], v[1], numbers[0], number(1), cores));
+  } catch (const skipvit::BadArgument& bad) {
+    error = bad.message;
+    *kind = bad.is_type ? 1 : 2;
+    return nullptr;
+  }
+}
+
+int skipvit_model_outputs(const skipvit::Call* call) {
+  return static_cast<int>(call->outputs.size());
+}
+
+// The shape of output i and the elements to allocate; returns its number of dimensions.
+int skipvit_model_output(const skipvit::Call* call, int i, int64_t* sizes, int64_t* storage,
+                         const char** dtype) {
+  const skipvit::Output& output = call->outputs[i];
+  std::copy(output.sizes.begin(), output.sizes.end(), sizes);
+  *storage = output.storage;
+  *dtype = output.dtype.c_str();
+  return static_cast<int>(output.sizes.size());
+}
+
+int64_t skipvit_model_workspace(const skipvit::Call* call) { return call->workspace_bytes; }
+
+// Runs and frees the call. `memory` and `bytes`: inputs, then outputs, then the workspace; the
+// kernels may touch nothing else. `must[i]` bytes of output i must have been written. 0, or
+// skipvit_model_error.
+int skipvit_model_launch(skipvit::Call* owned, void** memory, const int64_t* bytes, int inputs,
+                         const int64_t* must, int64_t* stats) {
+  const std::unique_ptr<skipvit::Call> call(owned);
+  const int outputs = static_cast<int>(call->outputs.size());
+  current = model::Launch{};
+  for (int i = 0; i < inputs + outputs + 1; ++i) {
+    current.ranges.push_back(
+        {static_cast<uint8_t*>(memory[i]), static_cast<size_t>(bytes[i]), i >= inputs, {}});
+  }
+  written.assign(current.ranges.size(), {});
+  for (size_t r = 0; r < written.size(); ++r) {
+    written[r].assign(current.ranges[r].bytes, 0);
+  }
+  void* workspace = memory[inputs + outputs];
+  const std::vector<void*> results(memory + inputs, memory + inputs + outputs);
+  if (call->launch(results, workspace, nullptr) != 0) {
+    return 1;
+  }
+  for (int i = 0; i < outputs; ++i) {
+    for (int64_t b = 0; b < must[i]; ++b) {
+      if (written[inputs + i][b] == 0) {
+        error =
+            "byte " + std::to_string(b) + " of output " + std::to_string(i) + " was never written";
+        return 1;
+      }
+    }
+  }
+  stats[0] = static_cast<int64_t>(current.over_reads);
+  stats[1] = static_cast<int64_t>(current.nonfinite);
+  stats[2] = static_cast<int64_t>(current.peak_ub);
+  return 0;
+}
+
+}  // extern "C"
