@@ -141,8 +141,9 @@ def build_model(seed: int) -> VisionTransformer:
         embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, weight_init="jax",
     )  # fmt: skip
     model.patch_embed.proj = nn.Conv2d(1, WIDTH, kernel_size=5, padding=2)
-    nn.init.normal_(model.pos_embed, std=0.5)
-    nn.init.normal_(model.cls_token, std=0.5)
+    for learned in (model.pos_embed, model.cls_token):
+        assert learned is not None
+        nn.init.normal_(learned, std=0.5)
     return model
 
 
@@ -222,7 +223,9 @@ def _train(model: nn.Module, digits: Digits, epochs: int, seed: int) -> Iterator
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+    return torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05
+    )
 
 
 def _measure(models: dict[str, nn.Module], digits: Digits) -> list[Row]:
