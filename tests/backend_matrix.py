@@ -31,6 +31,13 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     lacks: Callable[[Any], str | None]  # given the module; why it cannot run here, or None
     checks_index: bool = True  # False where looking at an index would be a synchronisation
+    row_bytes: int = 1  # rows of every tensor are a whole number of these
+    saturates: bool = False  # no infinity and no NaN comes out of its arithmetic
+
+    def channels(self, wanted: int, dtype: torch.dtype) -> int:
+        """The least number of channels from `wanted` on that this backend takes."""
+        step = max(1, self.row_bytes // dtype.itemsize)
+        return -(-wanted // step) * step
 
     def launcher(self, operator: str) -> Callable[..., Any]:
         module = importlib.import_module(self.module)
@@ -59,6 +66,17 @@ BACKENDS = {
         ALL_DTYPES,
         lambda module: module.unavailable_reason(),
         checks_index=False,
+    ),
+    # The Ascend910A kernels on a CPU model of the chip, which does not look at an index either.
+    "npu-model": Backend(
+        "npu-model",
+        "ascend.model",
+        "cpu",
+        (torch.float32, torch.float16),
+        lambda module: module.unavailable_reason(),
+        checks_index=False,
+        row_bytes=32,
+        saturates=True,
     ),
 }
 

@@ -42,16 +42,16 @@ inline void fit_tile(Tiling& tiling, uint64_t fixed, uint64_t row_bytes, uint64_
   tiling.ub_bytes = fixed + rows * all_row_bytes;
 }
 
-// HeadMean: scores twice, their mean and a scratch in float32.
-inline uint64_t head_mean_bytes(uint64_t patches, uint64_t score_size) {
-  return round_up(patches, 64) * (2 * score_size + 4 + 4);
+// HeadMean: `depth` buffers of scores, their mean and a scratch in float32.
+inline uint64_t head_mean_bytes(uint64_t patches, uint64_t score_size, uint64_t depth) {
+  return round_up(patches, 64) * (depth * score_size + 4 + 4);
 }
 
 // Selection: HeadMean, three keys, four bit sets, three masks.
 inline uint64_t selection_bytes(uint64_t patches, uint64_t keep, uint64_t score_size) {
   const uint64_t padded = round_up(patches, 64);
   return keep == 0 ? 0
-                   : head_mean_bytes(patches, score_size) + 3 * 4 * padded +
+                   : head_mean_bytes(patches, score_size, 2) + 3 * 4 * padded +
                          4 * round_up(padded / 8, kBlockBytes) + 3 * kVectorBytes;
 }
 
@@ -96,7 +96,7 @@ inline Tiling tile_sum_rows(uint64_t batch, uint64_t tokens, uint64_t moved, uin
                 uint64_t{2048}});
   Tiling t = split(batch * ((channels + block - 1) / block), 1, cores);
   t.block_channels = static_cast<uint32_t>(block);
-  const uint64_t fixed = head_mean_bytes(patches, score_size) + index_row_bytes(moved) +
+  const uint64_t fixed = head_mean_bytes(patches, score_size, 2) + index_row_bytes(moved) +
                          table_bytes(tokens) + block * element_size +
                          2 * round_up(block * 4, kBlockBytes) + table_bytes(kMaxTileRows);
   fit_tile(t, fixed, block * element_size, 2 * block * element_size);
@@ -109,7 +109,7 @@ inline Tiling tile_fuse_backward(uint64_t batch, uint64_t tokens, uint64_t moved
                                  uint64_t element_size, uint64_t patches, uint64_t score_size,
                                  uint32_t cores) {
   Tiling t = split(batch * round_up(tokens, 8), 8, cores);
-  const uint64_t fixed = head_mean_bytes(patches, score_size) + index_row_bytes(moved) +
+  const uint64_t fixed = head_mean_bytes(patches, score_size, 1) + index_row_bytes(moved) +
                          kWriterElements * 4 + table_bytes(tokens) + channels * (element_size + 8);
   fit_tile(t, fixed, channels * element_size, 4 * channels * element_size + kBlockBytes);
   return t;

@@ -172,7 +172,7 @@ class FuseBackward {
 
   TPipe* pipe_;
   Share share_;
-  HeadMean<TS> mean_;
+  HeadMean<TS, 1> mean_;
   IndexRow index_;
   FlatWriter<float> dots_;
   TQue<TPosition::VECIN, 2> in_;

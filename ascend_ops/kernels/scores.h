@@ -6,7 +6,8 @@
 
 namespace skipvit {
 
-template <typename T>  // of the scores
+// `depth` buffers for loading: each costs one of the four vector-to-MTE2 events.
+template <typename T, int depth>  // of the scores
 class HeadMean {
  public:
   __aicore__ inline void Init(TPipe* pipe, GM_ADDR scores, uint32_t heads, uint32_t patches) {
@@ -14,7 +15,7 @@ class HeadMean {
     patches_ = patches;
     padded_ = RoundUp(patches, kVectorBytes / sizeof(float));
     scores_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(scores));
-    pipe->InitBuffer(queue_, 2, padded_ * sizeof(T));
+    pipe->InitBuffer(queue_, depth, padded_ * sizeof(T));
     pipe->InitBuffer(mean_, padded_ * sizeof(float));
     pipe->InitBuffer(scratch_, padded_ * sizeof(float));
     Duplicate(mean_.Get<float>(), 0.0f, static_cast<int32_t>(padded_));
@@ -69,7 +70,7 @@ class HeadMean {
     PipeBarrier<PIPE_V>();
   }
 
-  TQue<TPosition::VECIN, 2> queue_;
+  TQue<TPosition::VECIN, depth> queue_;
   TBuf<TPosition::VECCALC> mean_, scratch_;
   GlobalTensor<T> scores_;
   uint32_t heads_, patches_, padded_;

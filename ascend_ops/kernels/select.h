@@ -196,7 +196,7 @@ class Selection {
   }
 
   TPipe* pipe_;
-  HeadMean<T> mean_;
+  HeadMean<T, 2> mean_;
   TBuf<TPosition::VECCALC> high_, low_, sign_, masks_;
   TBuf<TPosition::VECCALC> high_above_, high_equal_, low_above_, low_equal_;
   uint32_t patches_, keep_, padded_;

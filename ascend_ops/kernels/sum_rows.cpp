@@ -152,7 +152,7 @@ class SumRows {
   }
 
   TPipe* pipe_;
-  HeadMean<TS> mean_;
+  HeadMean<TS, 2> mean_;
   IndexRow index_;
   TQue<TPosition::VECIN, 2> in_;
   TQue<TPosition::VECOUT, 1> done_;
