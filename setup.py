@@ -54,7 +54,9 @@ class CMakeBuild(build_ext):
 setup(
     # optional: an editable install copies the library only if there is one.
     ext_modules=(
-        [] if BUILD_CPP == "0" else [Extension("skipvit_kernels._C", [], optional=BUILD_CPP == "auto")]
+        []
+        if BUILD_CPP == "0"
+        else [Extension("skipvit_kernels._C", [], optional=BUILD_CPP == "auto")]
     ),
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -18,7 +18,9 @@ COLUMNS = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("skipvit benchmarks")
-    group.addoption("--summary-csv", type=Path, help="write the table of the operators to this file")
+    group.addoption(
+        "--summary-csv", type=Path, help="write the table of the operators to this file"
+    )
     group.addoption("--full", action="store_true", help="every shape, not only the usual ones")
 
 
@@ -30,7 +32,9 @@ def summarise(benchmarks: list[Any]) -> list[dict[str, Any]]:
             groups[bench.group][bench.extra_info["provider"]] = bench
     rows = []
     for providers in groups.values():
-        rivals = {name: b.stats.min for name, b in providers.items() if name not in ("ours", "copy")}
+        rivals = {
+            name: b.stats.min for name, b in providers.items() if name not in ("ours", "copy")
+        }
         if "ours" not in providers or "copy" not in providers or not rivals:
             continue
         ours, best = providers["ours"], min(rivals, key=lambda name: rivals[name])
