@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "downloaded) without skipping, with it, and with EViT's fused token; measure speed, memory "
         "and accuracy side by side. On the CPU, in about two minutes.",
     )
-    demo.add_argument("--epochs", type=int, default=7,
+    demo.add_argument("--epochs", type=int, default=6,
                       help="of each training (default %(default)s)")
     demo.add_argument("--out", type=Path, default=Path("demo_results"), metavar="FOLDER",
                       help="for the table and the pictures, written at the end (default "

@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import itertools
 import os
+import statistics
 import tempfile
 import time
 import warnings
@@ -85,11 +86,12 @@ class Row:
         config: its notation; "" drops nothing.
         tokens: per block, as many as its MLP sees: "65x5, 30x5, 65x2".
         images_per_second: of the shortest training step.
-        speedup: over the baseline; shortest steps.
-        paired_speedup: the same as the median over the rounds.
+        speedup: over the baseline; median over the rounds, which a busy machine disturbs least.
+        shortest_speedup: the same of the shortest steps.
         ideal_speedup: what the arithmetic alone allows.
-        overhead: routing overhead: time over that of the sliced floor, less 1; shortest steps.
-        paired_overhead: the same as the median over the rounds. Of the baseline both are None.
+        overhead: routing overhead: time over that of the sliced floor, less 1; median over the
+            rounds. None for the baseline.
+        shortest_overhead: the same of the shortest steps.
         peak_memory: bytes that a training step holds at most, beyond weights and optimizer.
         accuracy: share of the test images that the trained model gets right.
     """
@@ -99,10 +101,10 @@ class Row:
     tokens: str
     images_per_second: float
     speedup: float
-    paired_speedup: float
+    shortest_speedup: float
     ideal_speedup: float
     overhead: float | None
-    paired_overhead: float | None
+    shortest_overhead: float | None
     peak_memory: int
     accuracy: float
 
@@ -170,9 +172,13 @@ def run(options: Options) -> list[Row]:
         digits = Digits.load()
         models = _train_all(digits, options, console)
         with console.status("measuring"):
-            rows = _measure(models, digits)
+            rows, noise = _measure(models, digits)
         kept = {name: _kept(models[name], digits.test_images) for name in ("skip", "fused")}
     console.print(_rich_table(rows))
+    if noise > 1.15:
+        console.print("The machine was busy with other things: half of the baseline's steps took "
+                      f"{noise:.1f} times the shortest or more. Expect other numbers next time.",
+                      style="yellow")
     _write(options.out, rows, digits, kept)
     console.print(f"{time.perf_counter() - started:.0f} s; table and pictures in {options.out}")
     return rows
@@ -228,8 +234,11 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def _measure(models: dict[str, nn.Module], digits: Digits) -> list[Row]:
-    """Accuracy first, of the models as trained; then the time of training steps, on copies."""
+def _measure(models: dict[str, nn.Module], digits: Digits) -> tuple[list[Row], float]:
+    """Accuracy first, of the models as trained; then the time of training steps, on copies.
+
+    Also returns the baseline's median step over its shortest: 1 on a quiet machine.
+    """
     accuracy = {name: _accuracy(model, digits) for name, model in models.items()}
     copies = {name: copy.deepcopy(model) for name, model in models.items()}
     copies |= {
@@ -253,16 +262,16 @@ def _measure(models: dict[str, nn.Module], digits: Digits) -> list[Row]:
                 config=text,
                 tokens=_compact([c.mlp for c in config.token_counts(DEPTH, num_patches=64)]),
                 images_per_second=BATCH_SIZE / times.best(name),
-                speedup=times.ratio("baseline", name),
-                paired_speedup=times.paired_ratio("baseline", name),
+                speedup=times.paired_ratio("baseline", name),
+                shortest_speedup=times.ratio("baseline", name),
                 ideal_speedup=ideal_speedup(models[name], config),
-                overhead=times.ratio(name, floor) - 1 if text else None,
-                paired_overhead=times.paired_ratio(name, floor) - 1 if text else None,
+                overhead=times.paired_ratio(name, floor) - 1 if text else None,
+                shortest_overhead=times.ratio(name, floor) - 1 if text else None,
                 peak_memory=measure.peak_memory(steps[name]),
                 accuracy=accuracy[name],
             )
         )
-    return rows
+    return rows, statistics.median(times.seconds["baseline"]) / times.best("baseline")
 
 
 @torch.inference_mode()
@@ -286,12 +295,12 @@ def _compact(counts: list[int]) -> str:
 
 def _rich_table(rows: list[Row]) -> Table:
     """Fits a terminal of 80 columns."""
-    table = Table(title="Training steps on this machine", box=box.SIMPLE_HEAD)
-    for heading in ("setting", "tokens per\nblock"):
-        table.add_column(heading)
+    table = Table(title="Training steps on this machine", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("setting", no_wrap=True)
+    table.add_column("tokens\nper block", min_width=11)
     for heading in ("images\n/s", "speed-\nup", "ideal", "routing\noverhead", "peak\nmemory",
                     "test\naccuracy"):  # fmt: skip
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.config or row.name, row.tokens, f"{row.images_per_second:.0f}",
