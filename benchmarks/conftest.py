@@ -1,4 +1,4 @@
-"""Options of the benchmarks and the table at the end: pytest-benchmark cannot show these columns."""
+"""Options of the benchmarks, and the table at the end: pytest-benchmark has no such columns."""
 
 from __future__ import annotations
 

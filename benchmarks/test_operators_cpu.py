@@ -294,7 +294,7 @@ def set_threads(threads: int) -> Any:
 
 
 def check(actual: Any, expected: Any, exact: bool, low_precision: bool) -> None:
-    """A kernel that rounds once may differ from one that rounds on the way by some bfloat16 steps."""
+    """Kernels that round once and those that round on the way differ by some bfloat16 steps."""
     actual = actual if isinstance(actual, tuple) else (actual,)
     expected = expected if isinstance(expected, tuple) else (expected,)
     for have, want in zip(actual, expected, strict=True):

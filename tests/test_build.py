@@ -1,4 +1,4 @@
-"""The built library and the build: stable symbols, one result on every instruction set, fallbacks."""
+"""The built library and the build: stable symbols, the same bits on every CPU, fallbacks."""
 
 import os
 import re

@@ -7,6 +7,8 @@ plain PyTorch that torch's dispatcher would fall back to.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ skipvit = torch.ops.skipvit
 
 load_error: ImportError | None = None
 try:
-    from skipvit_kernels import _C
+    _C = importlib.import_module("skipvit_kernels._C")
 except ImportError as error:
     load_error = error
 
@@ -25,7 +27,7 @@ def unavailable_reason() -> str | None:
     """Why the C++ kernels do not run, or None where they do."""
     if load_error is None:
         return None
-    if isinstance(load_error, ModuleNotFoundError) or "cannot import name" in str(load_error):
+    if isinstance(load_error, ModuleNotFoundError):
         return "skipvit_kernels was installed without its C++ kernels (skipvit_kernels._C)"
     return f"skipvit_kernels._C does not load: {load_error}"
 
