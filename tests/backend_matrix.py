@@ -47,6 +47,8 @@ class Backend:
                 pytest.fail(f"backend {self.name} is required and cannot run: {missing}")
             pytest.skip(f"backend {self.name} cannot run: {missing}")
         launches[self.name, operator] += 1
+        if self.name == "triton" and INTERPRETING:
+            importlib.import_module("triton_interpreted").install()
         return getattr(module, operator)
 
 

@@ -83,10 +83,11 @@ def offline(target: str) -> Iterator[OfflineDriver]:
         for value in vars(module).values()
         if isinstance(value, triton.runtime.JITFunction)
     ]
-    previous, interpreting = driver._active, tiles.INTERPRETING
+    previous, interpreting, warp_size = driver._active, tiles.INTERPRETING, tiles.WARP_SIZE
     offline_driver = OfflineDriver(target)
     driver.set_active(offline_driver)
     tiles.INTERPRETING = True  # CPU tensors may be launched on
+    tiles.WARP_SIZE = TARGETS[target].warp_size
     for kernel in kernels:
         kernel.device_caches.clear()
     try:
@@ -97,7 +98,7 @@ def offline(target: str) -> Iterator[OfflineDriver]:
                 compiled_kernel.module = None  # there is nothing to unload
             kernel.device_caches.clear()
         driver._active = previous
-        tiles.INTERPRETING = interpreting
+        tiles.INTERPRETING, tiles.WARP_SIZE = interpreting, warp_size
 
 
 def compiled(*modules: Any) -> dict[str, list[Any]]:

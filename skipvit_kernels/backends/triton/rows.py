@@ -150,7 +150,7 @@ def _scatter_rows(
     launch(_scatter_rows_kernel, batch * tiles, tokens.device, x, tokens, index, update, out,
            num_tokens, num_rows, columns, tiles, *(x.stride() if x is not None else (0, 0, 0)),
            *tokens.stride(), *index.stride(), *(update.stride() if update is not None else (0, 0)),
-           ROWS=rows, COLUMNS=width, CHUNK=2048 // rows)
+           ROWS=rows, COLUMNS=width, CHUNK=1024 // rows)
     return out
 
 
@@ -167,7 +167,7 @@ def gather_rows_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor
 # -------------------------------------------------------------- scatter_back's backward
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows", "tiles", "rows_per_program"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "tiles"])
 def _scatter_back_backward_kernel(
     grad_ptr,  # (B, N, C)
     index_ptr,  # (B, M)
@@ -178,7 +178,6 @@ def _scatter_back_backward_kernel(
     num_rows,
     num_columns,
     tiles,  # per image
-    rows_per_program,  # all N where there is an update: one program then sums its columns
     grad_stride_b,
     grad_stride_n,
     grad_stride_c,
@@ -190,21 +189,23 @@ def _scatter_back_backward_kernel(
 ):
     b, tile = image_and_tile(tiles)
     column_tiles = tl.cdiv(num_columns, COLUMNS)
-    first = tile // column_tiles * rows_per_program
+    first = tile // column_tiles * ROWS
+    # Where there is an update, one program passes over all rows and sums its columns.
+    end = first + ROWS if grad_update_ptr is None else num_tokens
     o_c = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
     m_c = o_c < num_columns
     SUM: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
     b_sum = tl.zeros([ROWS, COLUMNS], SUM)
 
-    for start in range(first, min(first + rows_per_program, num_tokens), ROWS):
+    for start in range(first, end, ROWS):
         o_n = start + tl.arange(0, ROWS)
+        b_r = rows_moved_to(
+            o_n, index_ptr + b * index_stride_b, index_stride_r, num_rows, ROWS, CHUNK
+        )
         m_grad = (o_n < num_tokens)[:, None] & m_c[None, :]
         grad_ptrs = grad_ptr + b * grad_stride_b + o_c[None, :] * grad_stride_c
         grad_ptrs += o_n.to(tl.int64)[:, None] * grad_stride_n
         b_grad = tl.load(grad_ptrs, mask=m_grad, other=0)
-        b_r = rows_moved_to(
-            o_n, index_ptr + b * index_stride_b, index_stride_r, num_rows, ROWS, CHUNK
-        )
         m_moved = (b_r >= 0)[:, None] & m_c[None, :]
         tokens_ptrs = grad_tokens_ptr + (b * num_rows + b_r)[:, None] * num_columns + o_c[None, :]
         tl.store(tokens_ptrs, b_grad, mask=m_moved)
@@ -228,10 +229,9 @@ def scatter_back_backward(
     grad_tokens = grad.new_empty((batch, num_rows, columns))
     grad_update = grad.new_empty((batch, columns) if has_update else (0,))
     rows, width = (sum_tile if has_update else move_tile)(columns, grad.element_size())
-    rows_per_program = num_tokens if has_update else rows
     tiles = cdiv(columns, width) * (1 if has_update else cdiv(num_tokens, rows))
     launch(_scatter_back_backward_kernel, batch * tiles, grad.device, grad, index, grad_x,
            grad_tokens, grad_update if has_update else None, num_tokens, num_rows, columns, tiles,
-           rows_per_program, *grad.stride(), *index.stride(), ROWS=rows, COLUMNS=width,
-           CHUNK=2048 // rows)
+           *grad.stride(), *index.stride(), ROWS=rows, COLUMNS=width,
+           CHUNK=1024 // rows)
     return grad_x, grad_tokens, grad_update

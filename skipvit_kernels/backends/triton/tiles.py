@@ -11,6 +11,8 @@ import triton.language as tl
 
 # Whether the kernels run in Triton's interpreter, on CPU tensors: decided where @triton.jit runs.
 INTERPRETING = triton.knobs.runtime.interpret
+# Threads of a warp; 1,024 is the most that a program may have, on NVIDIA and AMD.
+WARP_SIZE = 64 if torch.version.hip else 32
 
 
 @functools.cache
@@ -31,11 +33,11 @@ def move_tile(columns: int, element_size: int) -> tuple[int, int]:
 def sum_tile(columns: int, element_size: int) -> tuple[int, int]:
     """(rows, columns) of the tile in which one program passes over all rows of an image.
 
-    Narrow, 128 bytes, so that an image spreads over many programs, and 8 KB high. It may depend on
+    128 bytes wide, so that an image spreads over many programs, and 4 KB large. It may depend on
     nothing but the row: an image must get the same bits in every batch.
     """
     width = min(triton.next_power_of_2(max(1, columns)), 128 // element_size)
-    return 8192 // (max(width, 16) * element_size), width
+    return 4096 // (max(width, 16) * element_size), width
 
 
 @functools.cache

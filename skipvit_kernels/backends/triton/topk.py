@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from skipvit_kernels import reference
+from skipvit_kernels.backends.triton import tiles as shared
 from skipvit_kernels.backends.triton.rows import gather_rows, rows_moved_to
 from skipvit_kernels.backends.triton.tiles import (
     block,
@@ -27,13 +28,20 @@ from skipvit_kernels.backends.triton.tiles import (
 )
 
 # Above this one program cannot hold an image's keys in registers: plain PyTorch takes over.
-MAX_PATCHES = 32768
+MAX_PATCHES = 16384
 # Up to this many patches, n * n comparisons.
 MAX_RANKED = 512
 # Up to this many programs, each selects for itself and moves its rows at once: they all run at the
 # same time on any data-centre GPU, and a launch (2 us and more) is saved. Above, the repeated
 # selection would cost more than it saves.
 MAX_SELECTING = 128
+
+
+@triton.constexpr_function
+def _sum_dtype(x_ptr, scores_ptr):
+    """float32, or float64 where an input has it."""
+    types = x_ptr.dtype.element_ty, scores_ptr.dtype.element_ty
+    return tl.float64 if tl.float64 in types else tl.float32
 
 
 @triton.jit
@@ -79,7 +87,6 @@ def _key(score, m_i):
 
 @triton.jit
 def _kth_key(
-    b_key,  # [BLOCK]: all keys of the image
     scores_ptr,  # (H, n) of the image
     num_patches,
     num_keep,
@@ -89,22 +96,23 @@ def _kth_key(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,  # 0: bit by bit
 ):
-    """(t, ties): kept is every key above t, and the first `ties` of those that equal t."""
+    """(t, ties, keys): kept is every key above t, and the first `ties` of those that equal t."""
+    o_i = tl.arange(0, BLOCK)
+    m_i = o_i < num_patches
+    b_key = _key(_head_mean(scores_ptr, o_i, m_i, stride_h, stride_n, HEADS), m_i)
     LARGEST: tl.constexpr = 0x7FFFFFFF if b_key.dtype == tl.int32 else 0x7FFFFFFFFFFFFFFF
     if CHUNK > 0:
-        o_i = tl.arange(0, BLOCK)
         b_rank = tl.zeros([BLOCK], tl.int32)
         for start in range(0, num_patches, CHUNK):
             o_j = start + tl.arange(0, CHUNK)
             m_j = o_j < num_patches
             mean = _head_mean(scores_ptr, o_j, m_j, stride_h, stride_n, HEADS)
             b_other = _key(mean, m_j)[:, None]
-            ahead = (b_other > b_key[None, :]) | (
-                (b_other == b_key[None, :]) & (o_j[:, None] < o_i[None, :])
-            )
+            # Ahead is a larger key, or an equal one at a lower position.
+            b_bar = b_key[None, :] - (o_j[:, None] < o_i[None, :]).to(b_key.dtype)
             # Summed along the first axis, which stays inside a thread: no shuffle.
-            b_rank += tl.sum(ahead.to(tl.int32), axis=0)
-        t = tl.min(tl.where(b_rank < num_keep, b_key, LARGEST))
+            b_rank += tl.sum((b_other > b_bar).to(tl.int32), axis=0)
+        t = tl.min(tl.where(m_i & (b_rank < num_keep), b_key, LARGEST))
     else:
         one = tl.full([], 1, b_key.dtype)
         at_least = tl.sum((b_key >= 0).to(tl.int32))
@@ -113,49 +121,74 @@ def _kth_key(
             candidate = t | (one << (b_key.dtype.primitive_bitwidth - 1 - step))
             at_least = tl.sum((b_key >= candidate).to(tl.int32))
             t = tl.where(at_least >= num_keep, candidate, t)
-    return t, num_keep - tl.sum((b_key > t).to(tl.int32))
+    return t, num_keep - tl.sum((b_key > t).to(tl.int32)), b_key
+
+
+@triton.jit
+def _rows_of(
+    o_n,  # [ROWS] consecutive positions in the image
+    t,
+    ties,
+    ties_seen,  # keys equal to t, and keys kept, before these positions
+    kept_seen,
+    scores_ptr,  # (H, n) of the image
+    num_tokens,
+    num_patches,
+    stride_h,
+    stride_n,
+    HEADS: tl.constexpr,
+):
+    """(moved, row, mean, dropped, ties_seen, kept_seen): where each position goes, if it is kept."""
+    num_prefix = num_tokens - num_patches
+    o_p = o_n - num_prefix
+    m_p = (o_p >= 0) & (o_n < num_tokens)
+    mean = _head_mean(scores_ptr, o_p, m_p, stride_h, stride_n, HEADS)
+    b_key = _key(mean, m_p)
+    tie = (m_p & (b_key == t)).to(tl.int32)
+    tie_rank = ties_seen + tl.cumsum(tie, 0)
+    kept = (m_p & ((b_key > t) | ((tie > 0) & (tie_rank <= ties)))).to(tl.int32)
+    row = tl.where(o_p < 0, o_n, num_prefix + kept_seen + tl.cumsum(kept, 0) - 1)
+    moved = (kept > 0) | (o_p < 0)
+    dropped = m_p & (kept == 0)
+    return moved, row, mean, dropped, ties_seen + tl.sum(tie), kept_seen + tl.sum(kept)
 
 
 # --------------------------------------------------------------------------- gather_topk
 
 
-@triton.jit(do_not_specialize=["num_patches", "num_keep", "num_prefix"])
+@triton.jit(do_not_specialize=["num_tokens", "num_patches", "num_keep"])
 def _select_kernel(
     scores_ptr,  # (B, H, n)
     index_ptr,  # (B, P + K), contiguous
+    num_tokens,
     num_patches,
     num_keep,
-    num_prefix,
     stride_b,
     stride_h,
     stride_n,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     scores_ptr += b * stride_b
-    index_ptr += b * (num_prefix + num_keep)
-    o_i = tl.arange(0, BLOCK)
-    m_i = o_i < num_patches
-    b_key = _key(_head_mean(scores_ptr, o_i, m_i, stride_h, stride_n, HEADS), m_i)
+    index_ptr += b * (num_tokens - num_patches + num_keep)
     t, ties = _kth_key(
-        b_key, scores_ptr, num_patches, num_keep, stride_h, stride_n, HEADS, BLOCK, CHUNK
-    )
-    b_tie = (b_key == t).to(tl.int32)
-    kept = m_i & ((b_key > t) | ((b_tie > 0) & (tl.cumsum(b_tie, 0) <= ties)))
-    b_row = num_prefix + tl.cumsum(kept.to(tl.int32), 0) - 1
-    tl.store(index_ptr + b_row, (num_prefix + o_i).to(tl.int64), mask=kept)
-    for start in range(0, num_prefix, 16):
-        o_p = start + tl.arange(0, 16)
-        tl.store(index_ptr + o_p, o_p.to(tl.int64), mask=o_p < num_prefix)
+        scores_ptr, num_patches, num_keep, stride_h, stride_n, HEADS, BLOCK, CHUNK
+    )[:2]
+    ties_seen = 0
+    kept_seen = 0
+    for start in range(0, num_tokens, ROWS):
+        o_n = start + tl.arange(0, ROWS)
+        moved, row, _, _, ties_seen, kept_seen = _rows_of(
+            o_n, t, ties, ties_seen, kept_seen, scores_ptr, num_tokens, num_patches,
+            stride_h, stride_n, HEADS,
+        )
+        tl.store(index_ptr + row, o_n.to(tl.int64), mask=moved)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens", "num_patches", "num_keep", "tiles", "rows_per_program"
-    ]
-)
+@triton.jit(do_not_specialize=["num_tokens", "num_patches", "num_keep", "tiles"])
 def _select_and_move_kernel(
     x_ptr,  # (B, N, C)
     scores_ptr,  # (B, H, n)
@@ -166,7 +199,6 @@ def _select_and_move_kernel(
     num_keep,
     num_columns,
     tiles,  # per image
-    rows_per_program,  # with FUSE all N: one program sums its columns
     x_stride_b,
     x_stride_n,
     x_stride_c,
@@ -184,7 +216,9 @@ def _select_and_move_kernel(
     b, tile = image_and_tile(tiles)
     column_tiles = tl.cdiv(num_columns, COLUMNS)
     column_tile = tile % column_tiles
-    first = tile // column_tiles * rows_per_program
+    first = tile // column_tiles * ROWS
+    # With FUSE one program passes over all rows and sums its columns.
+    end = num_tokens if FUSE else first + ROWS
     num_prefix = num_tokens - num_patches
     num_kept = num_prefix + num_keep
     scores_ptr += b * scores_stride_b
@@ -192,51 +226,33 @@ def _select_and_move_kernel(
     index_ptr += b * num_kept
     tokens_ptr += b * (num_kept + 1 if FUSE else num_kept) * num_columns
 
-    o_i = tl.arange(0, BLOCK)
-    m_i = o_i < num_patches
-    mean = _head_mean(scores_ptr, o_i, m_i, scores_stride_h, scores_stride_n, HEADS)
-    b_key = _key(mean, m_i)
-    t, ties = _kth_key(
-        b_key, scores_ptr, num_patches, num_keep, scores_stride_h, scores_stride_n,
-        HEADS, BLOCK, CHUNK,
+    t, ties, b_key = _kth_key(
+        scores_ptr, num_patches, num_keep, scores_stride_h, scores_stride_n, HEADS, BLOCK, CHUNK
     )
-    before = o_i < first - num_prefix
+    before = tl.arange(0, BLOCK) < first - num_prefix
     ties_seen = tl.sum((before & (b_key == t)).to(tl.int32))
     kept_seen = tl.sum((before & (b_key > t)).to(tl.int32)) + tl.minimum(ties_seen, ties)
 
     o_c = column_tile * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
     m_c = o_c < num_columns
-    is_wide: tl.constexpr = (
-        x_ptr.dtype.element_ty == tl.float64 or scores_ptr.dtype.element_ty == tl.float64
-    )
-    SUM: tl.constexpr = tl.float64 if is_wide else tl.float32
+    SUM: tl.constexpr = _sum_dtype(x_ptr, scores_ptr)
     b_sum = tl.zeros([ROWS, COLUMNS], SUM)
-    for start in range(first, min(first + rows_per_program, num_tokens), ROWS):
+    for start in range(first, end, ROWS):
         o_n = start + tl.arange(0, ROWS)
-        o_p = o_n - num_prefix
-        m_p = (o_p >= 0) & (o_n < num_tokens)
-        b_mean = _head_mean(scores_ptr, o_p, m_p, scores_stride_h, scores_stride_n, HEADS)
-        b_row_key = _key(b_mean, m_p)
-        tie = (m_p & (b_row_key == t)).to(tl.int32)
-        tie_rank = ties_seen + tl.cumsum(tie, 0)
-        kept = (m_p & ((b_row_key > t) | ((tie > 0) & (tie_rank <= ties)))).to(tl.int32)
-        b_row = num_prefix + kept_seen + tl.cumsum(kept, 0) - 1
-        ties_seen += tl.sum(tie)
-        kept_seen += tl.sum(kept)
-
-        moved = (kept > 0) | (o_p < 0)
-        b_row = tl.where(o_p < 0, o_n, b_row)
+        moved, row, mean, dropped, ties_seen, kept_seen = _rows_of(
+            o_n, t, ties, ties_seen, kept_seen, scores_ptr, num_tokens, num_patches,
+            scores_stride_h, scores_stride_n, HEADS,
+        )
         x_ptrs = x_ptr + o_n.to(tl.int64)[:, None] * x_stride_n + o_c[None, :] * x_stride_c
         m_x = ((o_n < num_tokens) if FUSE else moved)[:, None] & m_c[None, :]
         b_x = tl.load(x_ptrs, mask=m_x, other=0)
-        tokens_ptrs = tokens_ptr + b_row.to(tl.int64)[:, None] * num_columns + o_c[None, :]
+        tokens_ptrs = tokens_ptr + row.to(tl.int64)[:, None] * num_columns + o_c[None, :]
         tl.store(tokens_ptrs, b_x, mask=moved[:, None] & m_c[None, :])
         if column_tile == 0:
-            tl.store(index_ptr + b_row, o_n.to(tl.int64), mask=moved)
+            tl.store(index_ptr + row, o_n.to(tl.int64), mask=moved)
         if FUSE:
             # Never times zero: a NaN in a kept row must not reach the sum.
-            b_term = b_mean.to(SUM)[:, None] * b_x.to(SUM)
-            b_sum += tl.where((m_p & (kept == 0))[:, None], b_term, 0)
+            b_sum += tl.where(dropped[:, None], mean.to(SUM)[:, None] * b_x.to(SUM), 0)
 
     if FUSE:
         b_fused = tl.sum(b_sum, axis=0).to(tokens_ptr.dtype.element_ty)
@@ -252,9 +268,10 @@ def _selection(
     options = {
         "HEADS": scores.shape[1] if scores.dim() == 3 else 1,
         "BLOCK": size,
-        "CHUNK": 32 if num_patches <= MAX_RANKED else 0,
-        # 32 keys a thread at most.
-        "num_warps": max(4, min(32, size // 1024)),
+        # 16 keys at once against all others; on AMD 8, whose scalar registers hold the comparisons.
+        "CHUNK": 512 // shared.WARP_SIZE if num_patches <= MAX_RANKED else 0,
+        # A key a thread for the short sequences; 32 at most on NVIDIA, 16 on AMD.
+        "num_warps": 4 if size < 256 else max(8, size // 1024),
     }
     if scores.dim() == 3:
         return scores.stride(), options
@@ -275,12 +292,12 @@ def gather_topk(
     rows, width = move_tile(columns, x.element_size())
     tiles = cdiv(num_tokens, rows) * cdiv(columns, width)
     if num_patches > MAX_RANKED or batch * tiles > MAX_SELECTING or columns == 0:
-        launch(_select_kernel, batch if num_kept else 0, x.device, scores, index, num_patches,
-               num_keep, num_prefix_tokens, *strides, **options)
+        launch(_select_kernel, batch if num_kept else 0, x.device, scores, index, num_tokens,
+               num_patches, num_keep, *strides, ROWS=block(min(num_tokens, 1024)), **options)
         return gather_rows(x, index), index
     tokens = x.new_empty((batch, num_kept, columns))
     launch(_select_and_move_kernel, batch * tiles, x.device, x, scores, tokens, index, num_tokens,
-           num_patches, num_keep, columns, tiles, rows, *x.stride(), *strides, FUSE=False,
+           num_patches, num_keep, columns, tiles, *x.stride(), *strides, FUSE=False,
            ROWS=rows, COLUMNS=width, **options)
     return tokens, index
 
@@ -300,9 +317,12 @@ def gather_topk_fuse(
     tokens = x.new_empty((batch, num_kept + 1, columns))
     strides, options = _selection(scores)
     rows, width = sum_tile(columns, x.element_size())
+    # 16 bytes for each thread at least, where a long image brought many.
+    threads = options["num_warps"] * shared.WARP_SIZE
+    rows = max(rows, threads * 16 // (width * x.element_size()))
     tiles = max(1, cdiv(columns, width))
     launch(_select_and_move_kernel, batch * tiles, x.device, x, scores, tokens, index, num_tokens,
-           num_patches, num_keep, columns, tiles, num_tokens, *x.stride(), *strides, FUSE=True,
+           num_patches, num_keep, columns, tiles, *x.stride(), *strides, FUSE=True,
            ROWS=rows, COLUMNS=width, **options)
     return tokens, index
 
@@ -348,10 +368,7 @@ def _gather_topk_fuse_backward_kernel(
     scores_ptr += b * scores_stride_b
     mean = _head_mean(scores_ptr, o_p, dropped, scores_stride_h, scores_stride_n, HEADS)
 
-    is_wide: tl.constexpr = (
-        x_ptr.dtype.element_ty == tl.float64 or scores_ptr.dtype.element_ty == tl.float64
-    )
-    SUM: tl.constexpr = tl.float64 if is_wide else tl.float32
+    SUM: tl.constexpr = _sum_dtype(x_ptr, scores_ptr)
     b_dot = tl.zeros([ROWS, COLUMNS], SUM)
     for start in range(0, num_columns, COLUMNS):
         o_c = start + tl.arange(0, COLUMNS).to(tl.int64)
@@ -393,5 +410,5 @@ def gather_topk_fuse_backward(
     launch(_gather_topk_fuse_backward_kernel, batch * tiles, x.device, grad, x, scores, index,
            grad_x, grad_scores, num_tokens, scores.shape[-1], index.shape[1], columns, tiles,
            *grad.stride(), *x.stride(), *strides, *index.stride(), HEADS=options["HEADS"],
-           ROWS=rows, COLUMNS=width, CHUNK=2048 // rows)
+           ROWS=rows, COLUMNS=width, CHUNK=1024 // rows)
     return grad_x, grad_scores
