@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "operators.h"
 
+#include <algorithm>
 #include <sstream>
 
 #include "launches.h"
@@ -139,14 +140,22 @@ void require_fit(const Tiling& tiling, const View& view) {
   }
 }
 
-// The kernels of one call, in order.
 using Launch = std::function<uint32_t(const std::vector<void*>&, void*, void*)>;
 
-Launch in_order(std::vector<Launch> launches) {
-  return [launches = std::move(launches)](const std::vector<void*>& outputs, void* workspace,
-                                          void* stream) -> uint32_t {
-    for (const Launch& launch : launches) {
-      if (const uint32_t error = launch(outputs, workspace, stream)) {
+// One kernel of a call.
+struct Step {
+  uint64_t ub_bytes;
+  Launch launch;
+};
+
+void run_in_order(Call& call, std::vector<Step> steps) {
+  for (const Step& step : steps) {
+    call.ub_bytes = std::max(call.ub_bytes, step.ub_bytes);
+  }
+  call.launch = [steps = std::move(steps)](const std::vector<void*>& outputs, void* workspace,
+                                           void* stream) -> uint32_t {
+    for (const Step& step : steps) {
+      if (const uint32_t error = step.launch(outputs, workspace, stream)) {
         return error;
       }
     }
@@ -156,37 +165,40 @@ Launch in_order(std::vector<Launch> launches) {
 
 uint32_t u32(int64_t value) { return static_cast<uint32_t>(value); }
 
-Launch launch_gather_rows(const View& x, const View& index, size_t slot, uint32_t cores) {
+void add_gather_rows(std::vector<Step>& steps, const View& x, const View& index, size_t slot,
+                     uint32_t cores) {
   const int64_t batch = x.sizes[0], moved = index.sizes[1];
   if (batch * moved == 0) {
-    return [](const std::vector<void*>&, void*, void*) { return 0u; };
+    return;
   }
   const uint32_t row_bytes = u32(x.sizes[2] * size_of(x.dtype));
   const Tiling t = tile_gather_rows(batch, moved, row_bytes, cores);
   require_fit(t, x);
-  return [=, from = x.data, by = index.data, tokens = u32(x.sizes[1])](
-             const std::vector<void*>& outputs, void*, void* stream) {
-    return aclrtlaunch_skipvit_gather_rows(t.cores, stream, from, by, outputs[slot], t.total,
-                                           t.per_core, tokens, u32(moved), row_bytes, t.tile_rows);
-  };
+  steps.push_back({t.ub_bytes, [=, from = x.data, by = index.data, tokens = u32(x.sizes[1])](
+                                   const std::vector<void*>& outputs, void*, void* stream) {
+                     return aclrtlaunch_skipvit_gather_rows(
+                         t.cores, stream, from, by, outputs[slot], t.total, t.per_core, tokens,
+                         u32(moved), row_bytes, t.tile_rows);
+                   }});
 }
 
 // moved, base and update may be null; `like` has the rows' width and dtype.
-Launch launch_place_rows(void* moved, void* base, void* update, const View& index, const View& like,
-                         int64_t num_tokens, DType dtype, uint32_t cores) {
+void add_place_rows(std::vector<Step>& steps, void* moved, void* base, void* update,
+                    const View& index, const View& like, int64_t num_tokens, DType dtype,
+                    uint32_t cores) {
   const int64_t batch = index.sizes[0], channels = like.sizes[2];
   if (batch * num_tokens == 0) {
-    return [](const std::vector<void*>&, void*, void*) { return 0u; };
+    return;
   }
   const Tiling t =
       tile_place_rows(batch, num_tokens, index.sizes[1], channels * size_of(like.dtype), cores);
   require_fit(t, like);
-  return [=, by = index.data, entries = u32(index.sizes[1])](const std::vector<void*>& outputs,
-                                                             void*, void* stream) {
-    return aclrtlaunch_skipvit_place_rows(t.cores, stream, moved, base, update, by, outputs[0],
-                                          t.total, t.per_core, dtype, u32(num_tokens), entries,
-                                          u32(channels), t.tile_rows);
-  };
+  steps.push_back({t.ub_bytes, [=, by = index.data, entries = u32(index.sizes[1])](
+                                   const std::vector<void*>& outputs, void*, void* stream) {
+                     return aclrtlaunch_skipvit_place_rows(
+                         t.cores, stream, moved, base, update, by, outputs[0], t.total, t.per_core,
+                         dtype, u32(num_tokens), entries, u32(channels), t.tile_rows);
+                   }});
 }
 
 }  // namespace
@@ -196,7 +208,9 @@ Call gather_rows(const View& x, const View& index, uint32_t cores) {
   const int64_t moved = require_index(index, x.sizes[0], "x", x.sizes[1]);
   Call call;
   call.outputs = {output({x.sizes[0], moved, x.sizes[2]}, x.dtype)};
-  call.launch = launch_gather_rows(x, index, 0, cores);
+  std::vector<Step> steps;
+  add_gather_rows(steps, x, index, 0, cores);
+  run_in_order(call, std::move(steps));
   return call;
 }
 
@@ -207,8 +221,9 @@ Call gather_rows_backward(const View& grad, const View& index, int64_t num_token
   require_shape(grad, {-1, index.sizes[1], -1});
   Call call;
   call.outputs = {output({grad.sizes[0], num_tokens, grad.sizes[2]}, grad.dtype)};
-  call.launch =
-      launch_place_rows(grad.data, nullptr, nullptr, index, grad, num_tokens, dtype, cores);
+  std::vector<Step> steps;
+  add_place_rows(steps, grad.data, nullptr, nullptr, index, grad, num_tokens, dtype, cores);
+  run_in_order(call, std::move(steps));
   return call;
 }
 
@@ -224,8 +239,10 @@ Call scatter_back(const View& x, const View& tokens, const View& index, const Vi
   }
   Call call;
   call.outputs = {output(x.sizes, x.dtype)};
-  call.launch = launch_place_rows(tokens.data, x.data, update.absent ? nullptr : update.data, index,
-                                  x, x.sizes[1], dtype, cores);
+  std::vector<Step> steps;
+  add_place_rows(steps, tokens.data, x.data, update.absent ? nullptr : update.data, index, x,
+                 x.sizes[1], dtype, cores);
+  run_in_order(call, std::move(steps));
   return call;
 }
 
@@ -236,22 +253,22 @@ Call scatter_back_backward(const View& grad, const View& index, bool has_update,
   Call call;
   call.outputs = {output(grad.sizes, grad.dtype), output({batch, moved, channels}, grad.dtype),
                   has_update ? output({batch, channels}, grad.dtype) : output({0}, grad.dtype)};
-  std::vector<Launch> launches = {
-      launch_place_rows(nullptr, grad.data, nullptr, index, grad, num_tokens, dtype, cores),
-      launch_gather_rows(grad, index, 1, cores)};
+  std::vector<Step> steps;
+  add_place_rows(steps, nullptr, grad.data, nullptr, index, grad, num_tokens, dtype, cores);
+  add_gather_rows(steps, grad, index, 1, cores);
   if (has_update && batch > 0) {
     const Tiling t =
         tile_sum_rows(batch, num_tokens, moved, channels, size_of(grad.dtype), 0, 4, cores);
     require_fit(t, grad);
-    launches.push_back([=, from = grad.data, by = index.data](const std::vector<void*>& outputs,
-                                                              void*, void* stream) {
-      return aclrtlaunch_skipvit_sum_rows(t.cores, stream, from, nullptr, by, outputs[2], t.total,
-                                          t.per_core, dtype, kFloat32, u32(num_tokens), u32(moved),
-                                          u32(channels), 1, 0, u32(channels), t.block_channels,
-                                          t.tile_rows);
-    });
+    steps.push_back({t.ub_bytes, [=, from = grad.data, by = index.data](
+                                     const std::vector<void*>& outputs, void*, void* stream) {
+                       return aclrtlaunch_skipvit_sum_rows(
+                           t.cores, stream, from, nullptr, by, outputs[2], t.total, t.per_core,
+                           dtype, kFloat32, u32(num_tokens), u32(moved), u32(channels), 1, 0,
+                           u32(channels), t.block_channels, t.tile_rows);
+                     }});
   }
-  call.launch = in_order(std::move(launches));
+  run_in_order(call, std::move(steps));
   return call;
 }
 
@@ -271,33 +288,34 @@ Call gather_topk(const View& x, const View& scores, int64_t num_keep, int64_t nu
   const int64_t score_size = size_of(scores.dtype), row_bytes = channels * size_of(x.dtype);
   Call call;
   call.outputs = {output({batch, out_rows, channels}, x.dtype), output({batch, rows}, "int64")};
-  std::vector<Launch> launches;
+  std::vector<Step> steps;
   if (batch * rows > 0) {
     const Tiling t =
         tile_gather_topk(batch, num_prefix, s.patches, num_keep, row_bytes, score_size, cores);
     require_fit(t, x);
-    launches.push_back([=, from = x.data, by = scores.data](const std::vector<void*>& outputs,
-                                                            void*, void* stream) {
-      return aclrtlaunch_skipvit_gather_topk(t.cores, stream, from, by, outputs[0], outputs[1],
-                                             t.total, t.per_core, s.dtype, u32(num_tokens),
-                                             u32(row_bytes), u32(s.heads), u32(s.patches),
-                                             u32(num_keep), u32(out_rows), t.tile_rows);
-    });
+    steps.push_back({t.ub_bytes, [=, from = x.data, by = scores.data](
+                                     const std::vector<void*>& outputs, void*, void* stream) {
+                       return aclrtlaunch_skipvit_gather_topk(
+                           t.cores, stream, from, by, outputs[0], outputs[1], t.total, t.per_core,
+                           s.dtype, u32(num_tokens), u32(row_bytes), u32(s.heads), u32(s.patches),
+                           u32(num_keep), u32(out_rows), t.tile_rows);
+                     }});
   }
   if (fuse && batch > 0) {
     const Tiling t = tile_sum_rows(batch, num_tokens, rows, channels, size_of(x.dtype), s.patches,
                                    score_size, cores);
     require_fit(t, x);
-    launches.push_back([=, from = x.data, by = scores.data, size = size_of(x.dtype)](
-                           const std::vector<void*>& outputs, void*, void* stream) {
-      uint8_t* last_row = static_cast<uint8_t*>(outputs[0]) + rows * channels * size;
-      return aclrtlaunch_skipvit_sum_rows(t.cores, stream, from, by, outputs[1], last_row, t.total,
-                                          t.per_core, dtype, s.dtype, u32(num_tokens), u32(rows),
-                                          u32(channels), u32(s.heads), u32(num_prefix),
-                                          u32(out_rows * channels), t.block_channels, t.tile_rows);
-    });
+    steps.push_back(
+        {t.ub_bytes, [=, from = x.data, by = scores.data, size = size_of(x.dtype)](
+                         const std::vector<void*>& outputs, void*, void* stream) {
+           uint8_t* last_row = static_cast<uint8_t*>(outputs[0]) + rows * channels * size;
+           return aclrtlaunch_skipvit_sum_rows(
+               t.cores, stream, from, by, outputs[1], last_row, t.total, t.per_core, dtype, s.dtype,
+               u32(num_tokens), u32(rows), u32(channels), u32(s.heads), u32(num_prefix),
+               u32(out_rows * channels), t.block_channels, t.tile_rows);
+         }});
   }
-  call.launch = in_order(std::move(launches));
+  run_in_order(call, std::move(steps));
   return call;
 }
 
@@ -318,30 +336,32 @@ Call gather_topk_fuse_backward(const View& grad, const View& x, const View& scor
   Call call;
   call.outputs = {output(x.sizes, x.dtype), output(scores.sizes, scores.dtype)};
   if (batch * num_tokens == 0) {
-    call.launch = in_order({});
+    run_in_order(call, {});
     return call;
   }
   call.workspace_bytes = batch * stride * 4;
   const Tiling t = tile_fuse_backward(batch, num_tokens, moved, channels, size_of(x.dtype),
                                       s.patches, score_size, cores);
   require_fit(t, x);
-  std::vector<Launch> launches;
-  launches.push_back([=, g = grad.data, from = x.data, by = scores.data, rows = index.data](
-                         const std::vector<void*>& outputs, void* workspace, void* stream) {
-    return aclrtlaunch_skipvit_fuse_backward(t.cores, stream, g, from, by, rows, outputs[0],
-                                             workspace, t.total, t.per_core, dtype, s.dtype,
-                                             u32(num_tokens), u32(moved), u32(channels),
-                                             u32(s.heads), u32(prefix), t.tile_rows);
-  });
+  std::vector<Step> steps;
+  steps.push_back(
+      {t.ub_bytes, [=, g = grad.data, from = x.data, by = scores.data, rows = index.data](
+                       const std::vector<void*>& outputs, void* workspace, void* stream) {
+         return aclrtlaunch_skipvit_fuse_backward(t.cores, stream, g, from, by, rows, outputs[0],
+                                                  workspace, t.total, t.per_core, dtype, s.dtype,
+                                                  u32(num_tokens), u32(moved), u32(channels),
+                                                  u32(s.heads), u32(prefix), t.tile_rows);
+       }});
   if (s.patches > 0) {
     const Tiling m = tile_mean_heads(batch * s.heads * s.patches, score_size, cores);
-    launches.push_back([=](const std::vector<void*>& outputs, void* workspace, void* stream) {
-      return aclrtlaunch_skipvit_mean_heads(
-          m.cores, stream, workspace, outputs[1], m.total, m.per_core, s.dtype, 1, u32(s.heads),
-          u32(stride), u32(prefix), u32(s.patches), static_cast<float>(s.heads));
-    });
+    steps.push_back(
+        {m.ub_bytes, [=](const std::vector<void*>& outputs, void* workspace, void* stream) {
+           return aclrtlaunch_skipvit_mean_heads(
+               m.cores, stream, workspace, outputs[1], m.total, m.per_core, s.dtype, 1,
+               u32(s.heads), u32(stride), u32(prefix), u32(s.patches), static_cast<float>(s.heads));
+         }});
   }
-  call.launch = in_order(std::move(launches));
+  run_in_order(call, std::move(steps));
   return call;
 }
 
@@ -378,27 +398,29 @@ Call cls_scores(const View& q, const View& k, double scale, int64_t num_prefix, 
   Call call;
   call.outputs = {output({batch, patches}, "float32")};
   if (batch * patches == 0) {
-    call.launch = in_order({});
+    run_in_order(call, {});
     return call;
   }
   call.workspace_bytes = batch * heads * stride * 4;
   const Tiling t = tile_cls_softmax(batch, heads, num_tokens, width, size_of(k.dtype), cores);
   require_fit(t, k);
   const Tiling m = tile_mean_heads(batch * patches, 4, cores);
-  call.launch = in_order(
-      {[=, query = q.data, keys = k.data, strides = k.strides](const std::vector<void*>&,
-                                                               void* workspace, void* stream) {
-         return aclrtlaunch_skipvit_cls_softmax(t.cores, stream, query, keys, workspace, t.total,
-                                                t.per_core, static_cast<uint64_t>(strides[0]),
-                                                static_cast<uint64_t>(strides[1]), u32(strides[2]),
-                                                dtype, u32(heads), u32(num_tokens), u32(width),
-                                                t.tile_rows, static_cast<float>(scale));
-       },
-       [=](const std::vector<void*>& outputs, void* workspace, void* stream) {
+  std::vector<Step> steps;
+  steps.push_back({t.ub_bytes, [=, query = q.data, keys = k.data, strides = k.strides](
+                                   const std::vector<void*>&, void* workspace, void* stream) {
+                     return aclrtlaunch_skipvit_cls_softmax(
+                         t.cores, stream, query, keys, workspace, t.total, t.per_core,
+                         static_cast<uint64_t>(strides[0]), static_cast<uint64_t>(strides[1]),
+                         u32(strides[2]), dtype, u32(heads), u32(num_tokens), u32(width),
+                         t.tile_rows, static_cast<float>(scale));
+                   }});
+  steps.push_back(
+      {m.ub_bytes, [=](const std::vector<void*>& outputs, void* workspace, void* stream) {
          return aclrtlaunch_skipvit_mean_heads(
              m.cores, stream, workspace, outputs[0], m.total, m.per_core, kFloat32, u32(heads), 1,
              u32(stride), u32(num_prefix), u32(patches), static_cast<float>(heads));
        }});
+  run_in_order(call, std::move(steps));
   return call;
 }
 

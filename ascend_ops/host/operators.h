@@ -37,6 +37,7 @@ struct Output {
 struct Call {
   std::vector<Output> outputs;
   int64_t workspace_bytes = 0;
+  uint64_t ub_bytes = 0;  // unified buffer that the largest of the kernels takes
   // Enqueues the kernels on `stream`; 0 or the first error code.
   std::function<uint32_t(const std::vector<void*>& outputs, void* workspace, void* stream)> launch;
 };

@@ -79,7 +79,7 @@ class ClsSoftmax {
       const uint32_t rows = Smaller(tile_rows_, num_tokens_ - first);
       LocalTensor<T> in = keys_in_.template AllocTensor<T>();
       DataCopy(in, k_[keys + static_cast<uint64_t>(first) * row_stride_],
-               {static_cast<uint16_t>(rows), length, gap, 0});
+               DataCopyParams{static_cast<uint16_t>(rows), length, gap, 0});
       keys_in_.EnQue(in);
       in = keys_in_.template DeQue<T>();
       Sync<HardEvent::S_V>(*pipe_);  // the sums of the tile before have been read

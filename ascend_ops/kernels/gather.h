@@ -18,7 +18,7 @@ class RowGather {
   }
 
   // out[out_row + i] = x[x_row + table[i]] for i < count. Neighbours in x travel as one copy.
-  __aicore__ inline void Copy(const LocalTensor<int32_t>& table, uint32_t count, uint64_t x_row,
+  __aicore__ inline void Move(const LocalTensor<int32_t>& table, uint32_t count, uint64_t x_row,
                               uint64_t out_row) {
     for (uint32_t done = 0; done < count; done += tile_rows_) {
       const uint32_t rows = Smaller(tile_rows_, count - done);

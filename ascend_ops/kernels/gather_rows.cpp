@@ -27,7 +27,7 @@ extern "C" __global__ __aicore__ void skipvit_gather_rows(GM_ADDR x, GM_ADDR ind
       const int32_t from = index_row.Row(i, num_tokens);
       table.SetValue(i, from < 0 ? 0 : from);  // a row out of range must not leave the tensor
     }
-    gather.Copy(table, count, image * num_tokens, row);
+    gather.Move(table, count, image * num_tokens, row);
     row += count;
   }
 }

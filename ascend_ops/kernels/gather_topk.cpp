@@ -41,13 +41,13 @@ __aicore__ inline void GatherTopk(const GatherTopkArgs& a) {
     const uint32_t first = static_cast<uint32_t>(row % rows);
     const uint32_t count = static_cast<uint32_t>(Smaller<uint64_t>(rows - first, share.end - row));
     selection.Select(image, prefix, table);
-    // The copies below read the table element by element, so its slice may start anywhere.
+    // Move reads the table element by element, so its slice may start anywhere.
     for (uint32_t i = 0; i < count; ++i) {
       const int32_t from = table.GetValue(first + i);
       writer.Append(from);  // an int64 below 2**31: low word, high word
       writer.Append(0);
     }
-    gather.Copy(table[first], count, image * a.num_tokens, image * a.out_stride + first);
+    gather.Move(table[first], count, image * a.num_tokens, image * a.out_stride + first);
     row += count;
   }
   writer.Finish();

@@ -144,7 +144,7 @@ class SumRows {
         ++run;
       }
       DataCopy(in[loaded * count], x_[(image * num_tokens_ + next) * channels_ + first],
-               {static_cast<uint16_t>(run), length, gap, 0});
+               DataCopyParams{static_cast<uint16_t>(run), length, gap, 0});
       loaded += run;
       next += run;
     }

@@ -176,6 +176,8 @@ int skipvit_model_output(const skipvit::Call* call, int i, int64_t* sizes, int64
   return static_cast<int>(output.sizes.size());
 }
 
+uint64_t skipvit_model_ub_bytes(const skipvit::Call* call) { return call->ub_bytes; }
+
 int64_t skipvit_model_workspace(const skipvit::Call* call) { return call->workspace_bytes; }
 
 // Runs and frees the call. `memory` and `bytes`: inputs, then outputs, then the workspace; the

@@ -26,8 +26,9 @@ FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", 
 
 # Cores of successive calls, so that every test that compares two calls compares two ways to share.
 _cores = itertools.cycle([32, 1, 7, 3, 30, 2])
-# Of the last call: bytes read past a tensor, non-finite operands met, peak bytes of unified buffer.
-last_stats: tuple[int, int, int] = (0, 0, 0)
+# Of the last call: bytes read past a tensor, non-finite operands met, peak bytes of unified buffer,
+# and the peak that the tiling computed.
+last_stats: tuple[int, ...] = (0, 0, 0, 0)
 
 
 def compiler() -> str:
@@ -76,6 +77,7 @@ def load(path: Path) -> ctypes.CDLL:
     library.skipvit_model_error.restype = ctypes.c_char_p
     library.skipvit_model_plan.restype = ctypes.c_void_p
     library.skipvit_model_workspace.restype = ctypes.c_int64
+    library.skipvit_model_ub_bytes.restype = ctypes.c_int64
     return library
 
 
@@ -137,6 +139,7 @@ def run(
         outputs.append(memory[: torch.Size(shape).numel()].view(shape))
     workspace = torch.empty(library.skipvit_model_workspace(handle), dtype=torch.uint8)
 
+    planned = library.skipvit_model_ub_bytes(handle)
     inputs = [tensor for tensor in tensors.values() if tensor is not None]
     memory = [*inputs, *storages, workspace]
     addresses = (ctypes.c_void_p * len(memory))(*(m.data_ptr() for m in memory))
@@ -146,7 +149,7 @@ def run(
     if library.skipvit_model_launch(handle, addresses, bytes_, len(inputs), must, stats):
         message = library.skipvit_model_error().decode()
         raise RuntimeError(f"{operator} on {cores} cores: {message}")
-    last_stats = tuple(stats)
+    last_stats = (*stats, planned)
     return outputs
 
 
