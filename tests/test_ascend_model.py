@@ -183,6 +183,15 @@ def test_any_bits_as_scores_are_ordered_as_specified():
         same(model.gather_topk(x, scores, keep), reference.gather_topk(x, scores, keep))
 
 
+def test_infinities_and_every_kind_of_nan_have_their_place():
+    """inf below every NaN; NaNs of any payload and sign equal, so the lower position wins."""
+    bits = [0x7F800001, 0x7F800000, 0x7FFFFFFF, -1, 0x7F7FFFFF, -(2**31) + 0x7F800000, 0x7FC00000]
+    scores = torch.tensor([bits, bits[::-1]], dtype=torch.int64).to(torch.int32).view(torch.float32)
+    x = torch.randn(2, 8, 8)
+    for keep in range(8):
+        same(model.gather_topk(x, scores, keep), reference.gather_topk(x, scores, keep))
+
+
 def test_the_index_is_valid_even_where_the_chip_cannot_average():
     scores = torch.rand(4, 3, 50)
     scores[0, 1, 5:20] = float("nan")
@@ -228,6 +237,12 @@ def test_unified_buffer_in_use_is_what_the_tiling_says(dtype):
         model.run(operator, tensors, numbers, 5)
         peak, planned = model.last_stats[2:]
         assert peak == planned, operator
+
+
+def test_cls_scores_of_logits_far_below_zero_do_not_vanish():
+    q, k = torch.full((1, 2, 8), -30.0), torch.rand(1, 2, 9, 8) + 1
+    got = model.run("cls_scores", {"q": q, "k": k}, (1.0, 1))[0]
+    assert torch.allclose(got, reference.cls_scores(q, k, scale=1.0), atol=1e-5)
 
 
 def test_keys_are_read_in_the_layout_of_the_qkv_projection():

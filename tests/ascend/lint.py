@@ -10,11 +10,12 @@ static_asserts of the stand-in kernel_operator.h, against which the kernels must
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(os.environ.get("SKIPVIT_ASCEND_SOURCES", Path(__file__).parents[2]))
 
 # The page of each API that the kernels may call, and what it says of the 910A.
 SUPPORTED = {
