@@ -51,7 +51,7 @@ def report(request, threads):
     yield lines
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        terminal.ensure_newline()
+        terminal.write_line("")
         terminal.section(f"{MODEL}, {CONFIG}, batch {BATCH}, {DEVICE}, {threads} CPU threads")
         for line in lines:
             terminal.write_line(line)
