@@ -83,10 +83,12 @@ def offline(target: str) -> Iterator[OfflineDriver]:
         for value in vars(module).values()
         if isinstance(value, triton.runtime.JITFunction)
     ]
-    previous, interpreting, warp_size = driver._active, tiles.INTERPRETING, tiles.WARP_SIZE
+    previous, warp_size = driver._active, tiles.WARP_SIZE
     offline_driver = OfflineDriver(target)
     driver.set_active(offline_driver)
-    tiles.INTERPRETING = True  # CPU tensors may be launched on
+    assert not tiles.INTERPRETING, "TRITON_INTERPRET must not be set"
+    tiles.CPU_TENSORS = True
+    tiles._compiled.clear()
     tiles.WARP_SIZE = TARGETS[target].warp_size
     for kernel in kernels:
         kernel.device_caches.clear()
@@ -94,11 +96,13 @@ def offline(target: str) -> Iterator[OfflineDriver]:
         yield offline_driver
     finally:
         for kernel in kernels:
-            for compiled_kernel in (kernel.device_caches[0][0] if kernel.device_caches else {}).values():
-                compiled_kernel.module = None  # there is nothing to unload
+            for cache, *_ in kernel.device_caches.values():
+                for compiled_kernel in cache.values():
+                    compiled_kernel.module = None  # there is nothing to unload
             kernel.device_caches.clear()
         driver._active = previous
-        tiles.INTERPRETING, tiles.WARP_SIZE = interpreting, warp_size
+        tiles.CPU_TENSORS, tiles.WARP_SIZE = False, warp_size
+        tiles._compiled.clear()
 
 
 def compiled(*modules: Any) -> dict[str, list[Any]]:
@@ -116,7 +120,8 @@ class Resources:
     """What one compiled kernel takes of the machine, and how wide it moves data."""
 
     registers: int
-    spills: int  # bytes, or on AMD registers, that do not fit and go through memory
+    spills: int  # bytes a thread that do not fit the registers and go through memory
+    scalar_spills: int  # AMD: scalar registers kept in lanes of vector registers; no memory traffic
     shared: int  # bytes
     wide_loads: int  # 16 bytes each
     narrow_loads: int
@@ -128,17 +133,19 @@ def resources(kernel: Any, target: str) -> Resources:
     if target.startswith("gfx"):
         return _amd_resources(kernel)
     ptx = kernel.asm["ptx"]
-    loads = re.findall(r"ld\.global\S*", ptx)
+    # Pipelined loads copy to shared memory: cp.async, whose size is an operand.
+    loads = re.findall(r"ld\.global\S*|cp\.async\.c[ag]\S*[^;]*", ptx)
     stores = re.findall(r"st\.global\S*", ptx)
 
     def wide(instruction: str) -> bool:
-        return bool(re.search(r"\.v4\.b32|\.v2\.b64", instruction))
+        return bool(re.search(r"\.v4\.b32|\.v2\.b64|\], 0x10\b|\], 16\b", instruction))
 
     usage = _cuobjdump(kernel.asm["cubin"])
     number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
     return Resources(
         registers=number["REG"],
         spills=number["STACK"] + number["LOCAL"],
+        scalar_spills=0,
         shared=kernel.metadata.shared,
         wide_loads=sum(map(wide, loads)),
         narrow_loads=sum(not wide(i) for i in loads),
@@ -169,7 +176,8 @@ def _amd_resources(kernel: Any) -> Resources:
 
     return Resources(
         registers=field("vgpr_count"),
-        spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
+        spills=field("private_segment_fixed_size") + 4 * field("vgpr_spill_count"),
+        scalar_spills=field("sgpr_spill_count"),
         shared=kernel.metadata.shared,
         wide_loads=count(r"(?:global|buffer)_load_dwordx4"),
         narrow_loads=count(r"(?:global|buffer)_load_(?!dwordx4)"),

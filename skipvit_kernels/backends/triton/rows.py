@@ -20,6 +20,9 @@ from skipvit_kernels.backends.triton.tiles import (
     sum_tile,
 )
 
+# Comparisons of a program at once while it looks its rows up in the index: 8 a thread.
+LOOKUP = 1024
+
 # --------------------------------------------------------------------------- gather_rows
 
 
@@ -60,8 +63,8 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     out = x.new_empty((batch, num_rows, columns))
     rows, width = move_tile(columns, x.element_size())
     tiles = cdiv(num_rows, rows) * cdiv(columns, width)
-    launch(_gather_rows_kernel, batch * tiles, x.device, x, index, out, num_tokens, num_rows,
-           columns, tiles, *x.stride(), *index.stride(), ROWS=rows, COLUMNS=width)
+    scalars = num_tokens, num_rows, columns, tiles, *x.stride(), *index.stride(), rows, width
+    launch(_gather_rows_kernel, batch * tiles, out, (x, index, out), scalars)
     return out
 
 
@@ -147,10 +150,13 @@ def _scatter_rows(
     out = tokens.new_empty((batch, num_tokens, columns))
     rows, width = move_tile(columns, tokens.element_size())
     tiles = cdiv(num_tokens, rows) * cdiv(columns, width)
-    launch(_scatter_rows_kernel, batch * tiles, tokens.device, x, tokens, index, update, out,
-           num_tokens, num_rows, columns, tiles, *(x.stride() if x is not None else (0, 0, 0)),
-           *tokens.stride(), *index.stride(), *(update.stride() if update is not None else (0, 0)),
-           ROWS=rows, COLUMNS=width, CHUNK=1024 // rows)
+    pointers = x, tokens, index, update, out
+    scalars = (
+        num_tokens, num_rows, columns, tiles,
+        *((0, 0, 0) if x is None else x.stride()), *tokens.stride(), *index.stride(),
+        *((0, 0) if update is None else update.stride()), rows, width, LOOKUP // rows,
+    )
+    launch(_scatter_rows_kernel, batch * tiles, out, pointers, scalars)
     return out
 
 
@@ -230,8 +236,10 @@ def scatter_back_backward(
     grad_update = grad.new_empty((batch, columns) if has_update else (0,))
     rows, width = (sum_tile if has_update else move_tile)(columns, grad.element_size())
     tiles = cdiv(columns, width) * (1 if has_update else cdiv(num_tokens, rows))
-    launch(_scatter_back_backward_kernel, batch * tiles, grad.device, grad, index, grad_x,
-           grad_tokens, grad_update if has_update else None, num_tokens, num_rows, columns, tiles,
-           *grad.stride(), *index.stride(), ROWS=rows, COLUMNS=width,
-           CHUNK=1024 // rows)
+    pointers = grad, index, grad_x, grad_tokens, grad_update if has_update else None
+    scalars = (
+        num_tokens, num_rows, columns, tiles, *grad.stride(), *index.stride(),
+        rows, width, LOOKUP // rows,
+    )
+    launch(_scatter_back_backward_kernel, batch * tiles, grad_x, pointers, scalars)
     return grad_x, grad_tokens, grad_update

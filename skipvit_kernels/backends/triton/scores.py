@@ -39,7 +39,7 @@ def _logits(
     SUM: tl.constexpr = tl.float64 if k_ptr.dtype.element_ty == tl.float64 else tl.float32
     b_dot = tl.zeros([o_n.shape[0]], SUM)
     for start in tl.static_range(0, D, WIDTH):
-        o_d = start + tl.arange(0, WIDTH)
+        o_d = start + tl.arange(0, WIDTH).to(tl.int64)
         m_d = o_d < D
         k_ptrs = k_ptr + o_n.to(tl.int64)[:, None] * k_stride_n + o_d[None, :] * k_stride_d
         b_k = tl.load(k_ptrs, mask=m_n[:, None] & m_d[None, :], other=0).to(SUM)
@@ -85,13 +85,14 @@ def _cls_scores_kernel(
     m_n = o_n < num_tokens
     SUM: tl.constexpr = tl.float64 if k_ptr.dtype.element_ty == tl.float64 else tl.float32
     b_mean = tl.zeros([TOKENS], SUM)
-    for h in tl.range(0, num_heads, num_stages=STAGES):
+    for _ in tl.range(0, num_heads, num_stages=STAGES):
         b_logit = _logits(
-            q_ptr + h * q_stride_h, k_ptr + h * k_stride_h, o_n, m_n, scale,
-            q_stride_d, k_stride_n, k_stride_d, D, WIDTH,
+            q_ptr, k_ptr, o_n, m_n, scale, q_stride_d, k_stride_n, k_stride_d, D, WIDTH
         )
         _, b_exp, total = _exp_sum(b_logit)
         b_mean += b_exp / total
+        q_ptr += q_stride_h
+        k_ptr += k_stride_h
     out_ptrs = out_ptr + b * (num_tokens - num_prefix) + o_n - num_prefix
     b_mean = (b_mean / num_heads).to(tl.float32)
     tl.store(out_ptrs, b_mean, mask=m_n & (o_n >= num_prefix))
@@ -178,17 +179,19 @@ def cls_scores(
         # 64 elements a thread.
         warps = max(4, min(16, size // 32))
         width = min(triton.next_power_of_2(depth), 2048 * warps // size)
-        launch(_cls_scores_kernel, batch, k.device, q, k, out, scale, heads, num_tokens,
-               num_prefix_tokens, *q.stride(), *k.stride(), D=depth, TOKENS=size, WIDTH=width,
-               STAGES=2, num_warps=warps)
+        scalars = (
+            scale, heads, num_tokens, num_prefix_tokens, *q.stride(), *k.stride(),
+            depth, size, width, 2,
+        )
+        launch(_cls_scores_kernel, batch, out, (q, k, out), scalars, warps)
         return out
     tiles = cdiv(num_tokens, TILE)
     sums = torch.promote_types(k.dtype, torch.float32)
     logits = k.new_empty((batch, heads, num_tokens), dtype=sums)
     parts = k.new_empty((batch, heads, 2, tiles), dtype=sums)
-    launch(_cls_logits_kernel, batch * heads * tiles, k.device, q, k, logits, parts, scale, heads,
-           num_tokens, tiles, *q.stride(), *k.stride(), D=depth, TOKENS=TILE,
-           WIDTH=min(triton.next_power_of_2(depth), 128))
-    launch(_cls_softmax_mean_kernel, batch * tiles, k.device, logits, parts, out, heads,
-           num_tokens, num_prefix_tokens, tiles, TOKENS=TILE, TILES=block(tiles))
+    width = min(triton.next_power_of_2(depth), 128)
+    scalars = scale, heads, num_tokens, tiles, *q.stride(), *k.stride(), depth, TILE, width
+    launch(_cls_logits_kernel, batch * heads * tiles, out, (q, k, logits, parts), scalars)
+    scalars = heads, num_tokens, num_prefix_tokens, tiles, TILE, block(tiles)
+    launch(_cls_softmax_mean_kernel, batch * tiles, out, (logits, parts, out), scalars)
     return out

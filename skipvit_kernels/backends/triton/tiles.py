@@ -8,9 +8,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-# Whether the kernels run in Triton's interpreter, on CPU tensors: decided where @triton.jit runs.
+# Whether the kernels run in Triton's interpreter: decided, as now, where @triton.jit runs.
 INTERPRETING = triton.knobs.runtime.interpret
+# Whether CPU tensors may be launched on.
+CPU_TENSORS = INTERPRETING
 # Threads of a warp; 1,024 is the most that a program may have, on NVIDIA and AMD.
 WARP_SIZE = 64 if torch.version.hip else 32
 
@@ -24,7 +27,7 @@ def move_tile(columns: int, element_size: int) -> tuple[int, int]:
     """
     columns = max(1, columns)
     width = min(triton.next_power_of_2(columns), 4096 // element_size)
-    while width > 32 and -(-columns // width) * width > columns * 9 / 8:
+    while width > 32 and cdiv(columns, width) * width > columns * 9 / 8:
         width //= 2
     return max(1, min(16, 8192 // (width * element_size))), width
 
@@ -33,7 +36,7 @@ def move_tile(columns: int, element_size: int) -> tuple[int, int]:
 def sum_tile(columns: int, element_size: int) -> tuple[int, int]:
     """(rows, columns) of the tile in which one program passes over all rows of an image.
 
-    128 bytes wide, so that an image spreads over many programs, and 4 KB large. It may depend on
+    128 bytes wide, so that an image spreads over many programs, and 4 KB large. It depends on
     nothing but the row: an image must get the same bits in every batch.
     """
     width = min(triton.next_power_of_2(max(1, columns)), 128 // element_size)
@@ -50,23 +53,61 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
-    """Run `kernel` over a one-dimensional grid: 2**31 - 1 programs, where y and z end at 65,535."""
+# (kernel, device, warps, scalars, dtype and alignment of each pointer) -> compiled kernel
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    out: Tensor,
+    pointers: tuple[Tensor | None, ...],
+    scalars: tuple[Any, ...],
+    warps: int = 4,
+) -> None:
+    """Run kernel(*pointers, *scalars) on out's device, over a grid of `programs`.
+
+    One-dimensional, because that dimension holds 2**31 - 1 programs where the others end at 65,535.
+    """
     if programs == 0:
         return
-    if device.type == "cpu":
-        if not INTERPRETING:
-            raise ValueError("x must be on a CUDA or ROCm GPU, got cpu")
-        kernel[(programs,)](*args, **options)
-    elif device.index == torch.cuda.current_device():
-        kernel[(programs,)](*args, **options)
+    device = out.get_device()
+    if device < 0 and not CPU_TENSORS:
+        raise ValueError(f"tensors must be on a CUDA or ROCm GPU, got {out.device}")
+    if INTERPRETING:
+        kernel[(programs,)](*pointers, *scalars, num_warps=warps)
+    elif device < 0 or device == torch.cuda.current_device():
+        _launch_compiled(kernel, programs, device, pointers, scalars, warps)
     else:
         with torch.cuda.device(device):
-            kernel[(programs,)](*args, **options)
+            _launch_compiled(kernel, programs, device, pointers, scalars, warps)
+
+
+def _launch_compiled(
+    kernel: Any,
+    programs: int,
+    device: int,
+    pointers: tuple[Tensor | None, ...],
+    scalars: tuple[Any, ...],
+    warps: int,
+) -> None:
+    """What Triton works out anew at every launch depends on this key alone: ask it once per key."""
+    described = [
+        None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in pointers
+    ]
+    key = (kernel, device, warps, scalars, *described)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        # A limit of their own: without one, ptxas moves some kernels' last registers to memory to
+        # fit one program more. AMD's compiler knows no such option.
+        limit = {"maxnreg": 128} if WARP_SIZE == 32 else {}
+        _compiled[key] = kernel[(programs,)](*pointers, *scalars, num_warps=warps, **limit)
+    else:
+        compiled[(programs, 1, 1)](*pointers, *scalars)
 
 
 @triton.jit
-def image_and_tile(tiles_per_image):
+def image_and_tile(tiles_per_image):  # type: ignore[no-untyped-def]
     """The image and the tile in it that this program works on."""
     pid = tl.program_id(0)
     image = pid // tiles_per_image

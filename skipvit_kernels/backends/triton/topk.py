@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skipvit_kernels import reference
 from skipvit_kernels.backends.triton import tiles as shared
-from skipvit_kernels.backends.triton.rows import gather_rows, rows_moved_to
+from skipvit_kernels.backends.triton.rows import LOOKUP, gather_rows, rows_moved_to
 from skipvit_kernels.backends.triton.tiles import (
     block,
     cdiv,
@@ -57,8 +57,9 @@ def _head_mean(
     MEAN: tl.constexpr = tl.float64 if scores_ptr.dtype.element_ty == tl.float64 else tl.float32
     ptrs = scores_ptr + o_i.to(tl.int64) * stride_n
     b_sum = tl.load(ptrs, mask=m_i, other=0).to(MEAN)
-    for h in tl.static_range(1, HEADS):
-        b_sum += tl.load(ptrs + h * stride_h, mask=m_i, other=0).to(MEAN)
+    for _ in tl.static_range(1, HEADS):
+        ptrs += stride_h
+        b_sum += tl.load(ptrs, mask=m_i, other=0).to(MEAN)
     if HEADS > 1:
         if tl.float64 == MEAN:
             b_sum = b_sum / HEADS
@@ -138,7 +139,7 @@ def _rows_of(
     stride_n,
     HEADS: tl.constexpr,
 ):
-    """(moved, row, mean, dropped, ties_seen, kept_seen): where each position goes, if it is kept."""
+    """(moved, row, mean, dropped, ties_seen, kept_seen): what is kept, and which row it becomes."""
     num_prefix = num_tokens - num_patches
     o_p = o_n - num_prefix
     m_p = (o_p >= 0) & (o_n < num_tokens)
@@ -259,24 +260,20 @@ def _select_and_move_kernel(
         tl.store(tokens_ptr + num_kept.to(tl.int64) * num_columns + o_c, b_fused, mask=m_c)
 
 
-def _selection(
-    scores: Tensor,
-) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Strides (B, H, n) of the scores, and the options of every kernel that selects."""
-    num_patches = scores.shape[-1]
-    size = block(num_patches)
-    options = {
-        "HEADS": scores.shape[1] if scores.dim() == 3 else 1,
-        "BLOCK": size,
-        # 16 keys at once against all others; on AMD 8, whose scalar registers hold the comparisons.
-        "CHUNK": 512 // shared.WARP_SIZE if num_patches <= MAX_RANKED else 0,
-        # A key a thread for the short sequences; 32 at most on NVIDIA, 16 on AMD.
-        "num_warps": 4 if size < 256 else max(8, size // 1024),
-    }
+def _heads_and_strides(scores: Tensor) -> tuple[int, tuple[int, ...]]:
+    """H and the strides (B, H, n); scores (B, n) have one head."""
     if scores.dim() == 3:
-        return scores.stride(), options
+        return scores.shape[1], scores.stride()
     stride_b, stride_n = scores.stride()
-    return (stride_b, 0, stride_n), options
+    return 1, (stride_b, 0, stride_n)
+
+
+def _block_chunk_warps(num_patches: int) -> tuple[int, int, int]:
+    size = block(num_patches)
+    # 16 keys at once against all others; on AMD 8, whose scalar registers hold the comparisons.
+    chunk = 512 // shared.WARP_SIZE if num_patches <= MAX_RANKED else 0
+    # A key a thread for the short sequences; 32 at most on NVIDIA, 16 on AMD.
+    return size, chunk, 4 if size < 256 else max(8, size // 1024)
 
 
 def gather_topk(
@@ -288,17 +285,24 @@ def gather_topk(
         return reference.gather_topk(x, scores, num_keep, num_prefix_tokens=num_prefix_tokens)
     num_kept = num_prefix_tokens + num_keep
     index = x.new_empty((batch, num_kept), dtype=torch.int64)
-    strides, options = _selection(scores)
+    heads, strides = _heads_and_strides(scores)
+    size, chunk, warps = _block_chunk_warps(num_patches)
     rows, width = move_tile(columns, x.element_size())
     tiles = cdiv(num_tokens, rows) * cdiv(columns, width)
     if num_patches > MAX_RANKED or batch * tiles > MAX_SELECTING or columns == 0:
-        launch(_select_kernel, batch if num_kept else 0, x.device, scores, index, num_tokens,
-               num_patches, num_keep, *strides, ROWS=block(min(num_tokens, 1024)), **options)
+        scalars = (
+            num_tokens, num_patches, num_keep, *strides, heads, size, chunk,
+            block(min(num_tokens, 1024)),
+        )
+        launch(_select_kernel, batch if num_kept else 0, index, (scores, index), scalars, warps)
         return gather_rows(x, index), index
     tokens = x.new_empty((batch, num_kept, columns))
-    launch(_select_and_move_kernel, batch * tiles, x.device, x, scores, tokens, index, num_tokens,
-           num_patches, num_keep, columns, tiles, *x.stride(), *strides, FUSE=False,
-           ROWS=rows, COLUMNS=width, **options)
+    scalars = (
+        num_tokens, num_patches, num_keep, columns, tiles, *x.stride(), *strides, False, heads,
+        size, chunk, rows, width,
+    )
+    pointers = x, scores, tokens, index
+    launch(_select_and_move_kernel, batch * tiles, index, pointers, scalars, warps)
     return tokens, index
 
 
@@ -315,15 +319,18 @@ def gather_topk_fuse(
     num_kept = num_prefix_tokens + num_keep
     index = x.new_empty((batch, num_kept), dtype=torch.int64)
     tokens = x.new_empty((batch, num_kept + 1, columns))
-    strides, options = _selection(scores)
+    heads, strides = _heads_and_strides(scores)
+    size, chunk, warps = _block_chunk_warps(num_patches)
     rows, width = sum_tile(columns, x.element_size())
     # 16 bytes for each thread at least, where a long image brought many.
-    threads = options["num_warps"] * shared.WARP_SIZE
-    rows = max(rows, threads * 16 // (width * x.element_size()))
+    rows = max(rows, warps * shared.WARP_SIZE * 16 // (width * x.element_size()))
     tiles = max(1, cdiv(columns, width))
-    launch(_select_and_move_kernel, batch * tiles, x.device, x, scores, tokens, index, num_tokens,
-           num_patches, num_keep, columns, tiles, *x.stride(), *strides, FUSE=True,
-           ROWS=rows, COLUMNS=width, **options)
+    scalars = (
+        num_tokens, num_patches, num_keep, columns, tiles, *x.stride(), *strides, True, heads,
+        size, chunk, rows, width,
+    )
+    pointers = x, scores, tokens, index
+    launch(_select_and_move_kernel, batch * tiles, index, pointers, scalars, warps)
     return tokens, index
 
 
@@ -404,11 +411,13 @@ def gather_topk_fuse_backward(
     batch, num_tokens, columns = x.shape
     grad_x = x.new_empty((batch, num_tokens, columns))
     grad_scores = scores.new_empty(scores.shape)
-    strides, options = _selection(scores)
+    heads, strides = _heads_and_strides(scores)
     rows, width = move_tile(columns, x.element_size())
     tiles = cdiv(num_tokens, rows)
-    launch(_gather_topk_fuse_backward_kernel, batch * tiles, x.device, grad, x, scores, index,
-           grad_x, grad_scores, num_tokens, scores.shape[-1], index.shape[1], columns, tiles,
-           *grad.stride(), *x.stride(), *strides, *index.stride(), HEADS=options["HEADS"],
-           ROWS=rows, COLUMNS=width, CHUNK=1024 // rows)
+    pointers = grad, x, scores, index, grad_x, grad_scores
+    scalars = (
+        num_tokens, scores.shape[-1], index.shape[1], columns, tiles,
+        *grad.stride(), *x.stride(), *strides, *index.stride(), heads, rows, width, LOOKUP // rows,
+    )
+    launch(_gather_topk_fuse_backward_kernel, batch * tiles, grad_x, pointers, scalars)
     return grad_x, grad_scores
