@@ -21,7 +21,7 @@ import timm
 import torch
 
 import skipvit_kernels as sk
-from skipvit_kernels import measure
+from skipvit_kernels import info, measure
 
 
 def setting(name, default):
@@ -66,6 +66,14 @@ def models():
     return {"unpatched": model, "sliced": measure.sliced(model, CONFIG), "patched": patched}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_kernels():
+    """A number of the plain PyTorch behind the kernels would pass for one of the kernels."""
+    key = {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}[torch.device(DEVICE).type]
+    missing = {kernel.reason for kernel in info.kernels() if kernel.key == key and kernel.reason}
+    assert not missing, f"the kernels of {DEVICE} do not run: {missing}"
+
+
 @pytest.mark.parametrize("mode", ["forward", "training step"])
 def test_model(benchmark, models, report, threads, mode):
     config = models["unpatched"].pretrained_cfg
@@ -93,8 +101,10 @@ def test_model(benchmark, models, report, threads, mode):
         speedup=speedup, paired_speedup=paired_speedup, ideal_speedup=ideal,
     )  # fmt: skip
     if not report:
-        report.append(f"{'':14}{'unpatched':>12}{'sliced':>12}{'patched':>12}"
-                      f"{'overhead':>20}{'speed-up':>18}{'ideal':>8}  peak memory, MiB")
+        report.append(
+            f"{'':14}{'unpatched':>12}{'sliced':>12}{'patched':>12}"
+            f"{'overhead':>20}{'speed-up':>18}{'ideal':>8}  peak memory, MiB"
+        )
     report.append(
         f"{mode:14}"
         + "".join(f"{1000 * times.best(name):9.1f} ms" for name in models)

@@ -44,14 +44,23 @@ def _parser() -> argparse.ArgumentParser:
         "downloaded) without skipping, with it, and with EViT's fused token; measure speed, memory "
         "and accuracy side by side. On the CPU, in about two minutes.",
     )
-    demo.add_argument("--epochs", type=int, default=6,
-                      help="of each training (default %(default)s)")
-    demo.add_argument("--out", type=Path, default=Path("demo_results"), metavar="FOLDER",
-                      help="for the table and the pictures, written at the end (default "
-                      "%(default)s)")
+    demo.add_argument(
+        "--epochs", type=int, default=6, help="of each training (default %(default)s)"
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo_results"),
+        metavar="FOLDER",
+        help="for the table and the pictures, written at the end (default %(default)s)",
+    )
     demo.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
-    demo.add_argument("--seed", type=int, default=0,
-                      help="of the weights and of the order of the images (default %(default)s)")
+    demo.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the weights and of the order of the images (default %(default)s)",
+    )
     demo.set_defaults(run=_demo)
 
     info = commands.add_parser(
@@ -67,8 +76,11 @@ def _demo(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in DEMO_EXTRA:
             raise
-        print(f"skipvit demo needs {error.name}, which is not installed: "
-              'pip install "skipvit_kernels[demo]"', file=sys.stderr)
+        print(
+            f"skipvit demo needs {error.name}, which is not installed: "
+            'pip install "skipvit_kernels[demo]"',
+            file=sys.stderr,
+        )
         return 1
     try:
         options = demo.Options(args.epochs, args.out, args.threads, args.seed)

@@ -176,9 +176,11 @@ def run(options: Options) -> list[Row]:
         kept = {name: _kept(models[name], digits.test_images) for name in ("skip", "fused")}
     console.print(_rich_table(rows))
     if noise > 1.15:
-        console.print("The machine was busy with other things: half of the baseline's steps took "
-                      f"{noise:.1f} times the shortest or more. Expect other numbers next time.",
-                      style="yellow")
+        console.print(
+            "The machine was busy with other things: half of the baseline's steps took "
+            f"{noise:.1f} times the shortest or more. Expect other numbers next time.",
+            style="yellow",
+        )
     _write(options.out, rows, digits, kept)
     console.print(f"{time.perf_counter() - started:.0f} s; table and pictures in {options.out}")
     return rows
@@ -332,10 +334,18 @@ def _chart(rows: list[Row]) -> Figure:
     speed, accuracy = figure.subplots(1, 2, width_ratios=(4, 3))
     names = [f"{row.name}\n{row.config}" for row in rows]
     places = range(len(rows))
-    measured = speed.bar([p - 0.2 for p in places], [row.speedup for row in rows], 0.38,
-                         color=BLUE, label="measured")
-    ideal = speed.bar([p + 0.2 for p in places], [row.ideal_speedup for row in rows], 0.38,
-                      color=ORANGE, hatch="//", edgecolor="white", label="ideal")
+    measured = speed.bar(
+        [p - 0.2 for p in places], [row.speedup for row in rows], 0.38, color=BLUE, label="measured"
+    )
+    ideal = speed.bar(
+        [p + 0.2 for p in places],
+        [row.ideal_speedup for row in rows],
+        0.38,
+        color=ORANGE,
+        hatch="//",
+        edgecolor="white",
+        label="ideal",
+    )
     for bars in (measured, ideal):
         speed.bar_label(bars, fmt="%.2f", padding=2)
     speed.axhline(1, color=GREY, linewidth=1)

@@ -29,7 +29,8 @@ class Kernel:
         operator: a name of `ops.SCHEMAS`.
         key: torch's dispatch key: CPU, CUDA (NVIDIA and AMD) or PrivateUse1 (Ascend).
         runs: "C++", "Triton", "AscendC", or "PyTorch" where the reference stands in.
-        reason: why the reference stands in; None where it does not.
+        reason: why the reference stands in, or why the kernel has nothing to run on here; None
+            where the kernel runs.
     """
 
     operator: str
@@ -45,9 +46,9 @@ def kernels() -> list[Kernel]:
 
 def _kernel(operator: str, key: str) -> Kernel:
     module_name, language = _BACKENDS[key]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"skipvit::{operator}", key):
-        return Kernel(operator, key, language, None)
     backend = getattr(backends, module_name, None)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"skipvit::{operator}", key):
+        return Kernel(operator, key, language, backend.unavailable_reason() if backend else None)
     if backend is None:
         reason = f"this version has no {language} kernels"
     else:
@@ -80,16 +81,20 @@ def text() -> str:
     width = max(map(len, ops.SCHEMAS)) + 2
     lines = ["operator".ljust(width) + "".join(key.ljust(13) for key in _BACKENDS)]
     for operator in ops.SCHEMAS:
-        lines.append(operator.ljust(width)
-                     + "".join(table[operator, key].runs.ljust(13) for key in _BACKENDS))
+        lines.append(
+            operator.ljust(width)
+            + "".join(table[operator, key].runs.ljust(13) for key in _BACKENDS)
+        )
     lines.append("")
-    missing: dict[tuple[str, str], list[str]] = {}
+    missing: dict[tuple[str, str, str], list[str]] = {}
     for kernel in table.values():
         if kernel.reason is not None:
-            missing.setdefault((kernel.key, kernel.reason), []).append(kernel.operator)
-    for (key, reason), operators in missing.items():
+            why = kernel.key, kernel.runs, kernel.reason
+            missing.setdefault(why, []).append(kernel.operator)
+    for (key, runs, reason), operators in missing.items():
         which = "" if len(operators) == len(ops.SCHEMAS) else f" for {', '.join(operators)}"
-        lines.append(f"{key}: plain PyTorch{which}, because {reason}")
+        stands = "plain PyTorch" if runs == FALLBACK else f"the {runs} kernels are idle"
+        lines.append(f"{key}: {stands}{which}, because {reason}")
     lines.append("")
     lines += [f"{name.ljust(width)}{value}" for name, value in versions().items()]
     return "\n".join(line.rstrip() for line in lines)

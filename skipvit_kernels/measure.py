@@ -1,8 +1,8 @@
 """Measuring what skipping gains: the sliced floor, interleaved timing, peak memory.
 
-    floor = sliced(model, "6(55%)+11")                     # the same token counts, chosen for free
-    times = interleave({"patched": step(patched), "sliced": step(floor)})
-    times.ratio("patched", "sliced") - 1                   # the routing overhead
+floor = sliced(model, "6(55%)+11")                     # the same token counts, chosen for free
+times = interleave({"patched": step(patched), "sliced": step(floor)})
+times.ratio("patched", "sliced") - 1                   # the routing overhead
 """
 
 from __future__ import annotations
@@ -159,8 +159,10 @@ def interleave(
         ValueError: without calls or rounds.
     """
     if not calls or rounds < 1 or warmup < 0:
-        raise ValueError("interleave needs calls, rounds >= 1 and warmup >= 0, "
-                         f"got {len(calls)} calls, rounds={rounds}, warmup={warmup}")
+        raise ValueError(
+            "interleave needs calls, rounds >= 1 and warmup >= 0, "
+            f"got {len(calls)} calls, rounds={rounds}, warmup={warmup}"
+        )
     timed = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
     times = Times({name: [] for name in calls}, {name: [] for name in calls})
     with _no_garbage_collection():

@@ -2,9 +2,8 @@ import backend_matrix
 import pytest
 import torch
 
-
-# The models here are tiny: on a busy machine two threads that wait for each other take eight times as
-# long as one. Threads are exercised where they matter, in test_threads_do_not_change_a_bit.
+# The models here are tiny: on a busy machine two threads that wait for each other take eight times
+# as long as one. Threads are exercised where they matter, in test_threads_do_not_change_a_bit.
 torch.set_num_threads(1)
 
 

@@ -24,8 +24,12 @@ def one_thread():
 @pytest.fixture
 def small(monkeypatch):
     digits = demo.Digits.load()
-    few = demo.Digits(digits.train_images[:96], digits.train_labels[:96],
-                      digits.test_images[:100], digits.test_labels[:100])
+    few = demo.Digits(
+        digits.train_images[:96],
+        digits.train_labels[:96],
+        digits.test_images[:100],
+        digits.test_labels[:100],
+    )
     monkeypatch.setattr(demo.Digits, "load", lambda: few)
     monkeypatch.setattr(demo, "WIDTH", 16)
     monkeypatch.setattr(demo, "ROUNDS", 2)

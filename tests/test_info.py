@@ -25,7 +25,14 @@ def test_every_operator_and_key_is_listed_with_a_kernel_or_a_reason():
         (operator, key) for operator in ops.SCHEMAS for key in ("CPU", "CUDA", "PrivateUse1")
     ]
     for kernel in found:
-        assert (kernel.runs == info.FALLBACK) == bool(kernel.reason)
+        assert kernel.reason or kernel.runs != info.FALLBACK
+
+
+def test_kernels_without_a_device_are_called_idle(monkeypatch):
+    monkeypatch.setattr(backends.cpu, "unavailable_reason", lambda: "the CPU is on fire")
+    if {kernel.runs for kernel in info.kernels() if kernel.key == "CPU"} != {"C++"}:
+        pytest.skip("lacks the C++ kernels")
+    assert "CPU: the C++ kernels are idle, because the CPU is on fire" in info.text()
 
 
 @pytest.mark.skipif(backends.cpu.unavailable_reason() is not None, reason="no C++ kernels here")
