@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, beyond what the shared suite asks of every backend.
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_triton_interpreter.py
+TRITON_INTERPRET=1 python -m pytest tests/test_triton_interpreter.py
 """
 
 import os
@@ -156,8 +156,9 @@ def test_offsets_beyond_2_31_elements():
     scores = torch.tensor([[0.0, 1.0]])
     assert torch.equal(kernels.gather_rows(far, index), near[:, [0, 2]])
     assert torch.equal(kernels.scatter_back(far, near[:, :2], index)[:, 1], near[:, 1])
-    assert torch.equal(kernels.gather_rows_backward(far, torch.tensor([[2, 0, 1]]), 3)[:, 1],
-                       near[:, 2])
+    assert torch.equal(
+        kernels.gather_rows_backward(far, torch.tensor([[2, 0, 1]]), 3)[:, 1], near[:, 2]
+    )
     grad_x, grad_tokens, _ = kernels.scatter_back_backward(far, index, False)
     assert torch.equal(grad_tokens, near[:, [0, 2]]) and torch.equal(grad_x[:, 1], near[:, 1])
     tokens, _ = kernels.gather_topk_fuse(far, scores, 1, num_prefix_tokens=1)
@@ -227,7 +228,7 @@ class TestDispatched:
             return sk.scatter_back(x, tokens * 2, index, update=tokens.mean(1))
 
         compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
-        for batch in (2, 3, 5):
+        for batch in (6, 3, 7):  # torch compiles sizes that coincide apart
             x = torch.randn(batch, 9, 8, requires_grad=True)
             q, k = torch.randn(batch, 2, 4), torch.randn(batch, 2, 9, 4)
             (grad,) = torch.autograd.grad(compiled(x, q, k).square().sum(), x)

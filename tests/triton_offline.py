@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -196,3 +197,102 @@ def vit_inputs(batch: int, num_tokens: int, columns: int, heads: int, dtype: tor
     qkv = torch.empty(batch, num_tokens, 3, heads, columns // heads, dtype=dtype)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return x, scores, num_keep, index, tokens, q[:, :, 0], k
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    batch: int
+    num_tokens: int
+    columns: int
+    heads: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"B{self.batch} N{self.num_tokens} C{self.columns} {dtype}"
+
+
+# A kernel is compiled alike for every batch but where few images select in each program (B = 1).
+SHAPES = (
+    Shape(1, 197, 384, 6, torch.bfloat16),
+    Shape(16, 197, 384, 6, torch.bfloat16),
+    Shape(16, 197, 384, 6, torch.float32),
+    Shape(16, 197, 768, 12, torch.bfloat16),
+    Shape(16, 577, 768, 12, torch.bfloat16),
+    Shape(4, 1025, 1024, 16, torch.bfloat16),
+    Shape(1, 16385, 1024, 16, torch.bfloat16),
+)
+
+
+def run_all(shape: Shape) -> None:
+    """Every operator and every way through its kernels, once."""
+    from skipvit_kernels.backends import triton as kernels
+
+    x, scores, num_keep, index, tokens, q, k = vit_inputs(
+        shape.batch, shape.num_tokens, shape.columns, shape.heads, shape.dtype
+    )
+    update = x.new_empty(shape.batch, shape.columns)
+    grad_fused = x.new_empty(shape.batch, num_keep + 2, shape.columns)
+    kernels.cls_scores(q, k)
+    kernels.gather_topk(x, scores, num_keep)
+    kernels.gather_topk_fuse(x, scores, num_keep)
+    kernels.gather_topk_fuse_backward(grad_fused, x, scores, index)
+    kernels.gather_rows(x, index)
+    kernels.gather_rows_backward(tokens, index, shape.num_tokens)
+    kernels.scatter_back(x, tokens, index)
+    kernels.scatter_back(x, tokens, index, update=update)
+    kernels.scatter_back_backward(x, index, False)
+    kernels.scatter_back_backward(x, index, True)
+
+
+def compile_all(target: str, shape: Shape) -> Iterator[tuple[str, Any, Resources]]:
+    """(name, compiled kernel, resources) of every kernel that the operators launch at a shape."""
+    from skipvit_kernels.backends.triton import rows, scores, topk
+
+    with offline(target):
+        run_all(shape)
+        for name, variants in compiled(rows, scores, topk).items():
+            for variant, kernel in enumerate(variants):
+                label = name.strip("_").removesuffix("_kernel")
+                yield (
+                    f"{label} ({variant + 1})" if len(variants) > 1 else label,
+                    kernel,
+                    resources(kernel, target),
+                )
+
+
+def write_table(path: str) -> None:
+    lines = [
+        "# Triton kernels compiled ahead of time",
+        "",
+        f"Triton {triton.__version__}, no GPU: `python tests/triton_offline.py {path}`. Registers a"
+        " thread (AMD: vector registers); spills in bytes a thread; shared memory in bytes a"
+        " program; how many of the global loads and stores in the code are 16 bytes wide (the"
+        " others read the index, the scores and q). Variants of one kernel are numbered: without"
+        " and with an update, zeros or rows of x. No spill anywhere; on AMD `s` counts scalar"
+        " registers kept in lanes of vector registers, which move no memory.",
+        "",
+    ]
+    for target in TARGETS:
+        lines += [
+            f"## {target}",
+            "",
+            "| shape | kernel | warps | registers | spills | shared | 16-byte loads | 16-byte stores"
+            " |",
+            "|---|---|--:|--:|--:|--:|--:|--:|",
+        ]
+        for shape in SHAPES:
+            for name, kernel, r in compile_all(target, shape):
+                spills = f"{r.spills} + {r.scalar_spills} s" if r.scalar_spills else r.spills
+                loads = f"{r.wide_loads} of {r.wide_loads + r.narrow_loads}"
+                stores = f"{r.wide_stores} of {r.wide_stores + r.narrow_stores}"
+                lines.append(
+                    f"| {shape} | {name} | {kernel.metadata.num_warps} | {r.registers} | {spills}"
+                    f" | {r.shared} | {loads} | {stores} |"
+                )
+        lines.append("")
+    pathlib.Path(path).write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    write_table(sys.argv[1])

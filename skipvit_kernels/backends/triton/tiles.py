@@ -20,9 +20,9 @@ WARP_SIZE = 64 if torch.version.hip else 32
 
 @functools.cache
 def move_tile(columns: int, element_size: int) -> tuple[int, int]:
-    """(rows, columns) of the tile that one program of 4 warps moves.
+    """(rows, columns) of the tile that one program of 128 threads moves.
 
-    8 KB at most: 4 loads of 16 bytes in flight for each of 128 threads. The widest power of two
+    8 KB at most: 4 loads of 16 bytes in flight for each thread. The widest power of two
     that pads the rows by no more than an eighth, so that few threads idle.
     """
     columns = max(1, columns)
@@ -53,7 +53,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# (kernel, device, warps, scalars, dtype and alignment of each pointer) -> compiled kernel
+# (kernel, device, threads, scalars, dtype and alignment of each pointer) -> compiled kernel
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -63,7 +63,7 @@ def launch(
     out: Tensor,
     pointers: tuple[Tensor | None, ...],
     scalars: tuple[Any, ...],
-    warps: int = 4,
+    threads: int = 128,
 ) -> None:
     """Run kernel(*pointers, *scalars) on out's device, over a grid of `programs`.
 
@@ -75,12 +75,12 @@ def launch(
     if device < 0 and not CPU_TENSORS:
         raise ValueError(f"tensors must be on a CUDA or ROCm GPU, got {out.device}")
     if INTERPRETING:
-        kernel[(programs,)](*pointers, *scalars, num_warps=warps)
+        kernel[(programs,)](*pointers, *scalars, num_warps=threads // WARP_SIZE)
     elif device < 0 or device == torch.cuda.current_device():
-        _launch_compiled(kernel, programs, device, pointers, scalars, warps)
+        _launch_compiled(kernel, programs, device, pointers, scalars, threads)
     else:
         with torch.cuda.device(device):
-            _launch_compiled(kernel, programs, device, pointers, scalars, warps)
+            _launch_compiled(kernel, programs, device, pointers, scalars, threads)
 
 
 def _launch_compiled(
@@ -89,19 +89,21 @@ def _launch_compiled(
     device: int,
     pointers: tuple[Tensor | None, ...],
     scalars: tuple[Any, ...],
-    warps: int,
+    threads: int,
 ) -> None:
     """What Triton works out anew at every launch depends on this key alone: ask it once per key."""
     described = [
         None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in pointers
     ]
-    key = (kernel, device, warps, scalars, *described)
+    key = (kernel, device, threads, scalars, *described)
     compiled = _compiled.get(key)
     if compiled is None:
         # A limit of their own: without one, ptxas moves some kernels' last registers to memory to
         # fit one program more. AMD's compiler knows no such option.
         limit = {"maxnreg": 128} if WARP_SIZE == 32 else {}
-        _compiled[key] = kernel[(programs,)](*pointers, *scalars, num_warps=warps, **limit)
+        _compiled[key] = kernel[(programs,)](
+            *pointers, *scalars, num_warps=threads // WARP_SIZE, **limit
+        )
     else:
         compiled[(programs, 1, 1)](*pointers, *scalars)
 

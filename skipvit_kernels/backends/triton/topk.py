@@ -175,16 +175,25 @@ def _select_kernel(
     b = tl.program_id(0).to(tl.int64)
     scores_ptr += b * stride_b
     index_ptr += b * (num_tokens - num_patches + num_keep)
-    t, ties = _kth_key(
-        scores_ptr, num_patches, num_keep, stride_h, stride_n, HEADS, BLOCK, CHUNK
-    )[:2]
+    t, ties = _kth_key(scores_ptr, num_patches, num_keep, stride_h, stride_n, HEADS, BLOCK, CHUNK)[
+        :2
+    ]
     ties_seen = 0
     kept_seen = 0
     for start in range(0, num_tokens, ROWS):
         o_n = start + tl.arange(0, ROWS)
         moved, row, _, _, ties_seen, kept_seen = _rows_of(
-            o_n, t, ties, ties_seen, kept_seen, scores_ptr, num_tokens, num_patches,
-            stride_h, stride_n, HEADS,
+            o_n,
+            t,
+            ties,
+            ties_seen,
+            kept_seen,
+            scores_ptr,
+            num_tokens,
+            num_patches,
+            stride_h,
+            stride_n,
+            HEADS,
         )
         tl.store(index_ptr + row, o_n.to(tl.int64), mask=moved)
 
@@ -241,8 +250,17 @@ def _select_and_move_kernel(
     for start in range(first, end, ROWS):
         o_n = start + tl.arange(0, ROWS)
         moved, row, mean, dropped, ties_seen, kept_seen = _rows_of(
-            o_n, t, ties, ties_seen, kept_seen, scores_ptr, num_tokens, num_patches,
-            scores_stride_h, scores_stride_n, HEADS,
+            o_n,
+            t,
+            ties,
+            ties_seen,
+            kept_seen,
+            scores_ptr,
+            num_tokens,
+            num_patches,
+            scores_stride_h,
+            scores_stride_n,
+            HEADS,
         )
         x_ptrs = x_ptr + o_n.to(tl.int64)[:, None] * x_stride_n + o_c[None, :] * x_stride_c
         m_x = ((o_n < num_tokens) if FUSE else moved)[:, None] & m_c[None, :]
@@ -268,12 +286,12 @@ def _heads_and_strides(scores: Tensor) -> tuple[int, tuple[int, ...]]:
     return 1, (stride_b, 0, stride_n)
 
 
-def _block_chunk_warps(num_patches: int) -> tuple[int, int, int]:
+def _block_chunk_threads(num_patches: int) -> tuple[int, int, int]:
     size = block(num_patches)
     # 16 keys at once against all others; on AMD 8, whose scalar registers hold the comparisons.
     chunk = 512 // shared.WARP_SIZE if num_patches <= MAX_RANKED else 0
-    # A key a thread for the short sequences; 32 at most on NVIDIA, 16 on AMD.
-    return size, chunk, 4 if size < 256 else max(8, size // 1024)
+    # A key a thread for the short sequences, 32 for the longest.
+    return size, chunk, max(128, min(256, size), size // 32)
 
 
 def gather_topk(
@@ -286,23 +304,40 @@ def gather_topk(
     num_kept = num_prefix_tokens + num_keep
     index = x.new_empty((batch, num_kept), dtype=torch.int64)
     heads, strides = _heads_and_strides(scores)
-    size, chunk, warps = _block_chunk_warps(num_patches)
+    size, chunk, threads = _block_chunk_threads(num_patches)
     rows, width = move_tile(columns, x.element_size())
     tiles = cdiv(num_tokens, rows) * cdiv(columns, width)
     if num_patches > MAX_RANKED or batch * tiles > MAX_SELECTING or columns == 0:
         scalars = (
-            num_tokens, num_patches, num_keep, *strides, heads, size, chunk,
+            num_tokens,
+            num_patches,
+            num_keep,
+            *strides,
+            heads,
+            size,
+            chunk,
             block(min(num_tokens, 1024)),
         )
-        launch(_select_kernel, batch if num_kept else 0, index, (scores, index), scalars, warps)
+        launch(_select_kernel, batch if num_kept else 0, index, (scores, index), scalars, threads)
         return gather_rows(x, index), index
     tokens = x.new_empty((batch, num_kept, columns))
     scalars = (
-        num_tokens, num_patches, num_keep, columns, tiles, *x.stride(), *strides, False, heads,
-        size, chunk, rows, width,
+        num_tokens,
+        num_patches,
+        num_keep,
+        columns,
+        tiles,
+        *x.stride(),
+        *strides,
+        False,
+        heads,
+        size,
+        chunk,
+        rows,
+        width,
     )
     pointers = x, scores, tokens, index
-    launch(_select_and_move_kernel, batch * tiles, index, pointers, scalars, warps)
+    launch(_select_and_move_kernel, batch * tiles, index, pointers, scalars, threads)
     return tokens, index
 
 
@@ -320,17 +355,28 @@ def gather_topk_fuse(
     index = x.new_empty((batch, num_kept), dtype=torch.int64)
     tokens = x.new_empty((batch, num_kept + 1, columns))
     heads, strides = _heads_and_strides(scores)
-    size, chunk, warps = _block_chunk_warps(num_patches)
+    size, chunk, threads = _block_chunk_threads(num_patches)
     rows, width = sum_tile(columns, x.element_size())
     # 16 bytes for each thread at least, where a long image brought many.
-    rows = max(rows, warps * shared.WARP_SIZE * 16 // (width * x.element_size()))
+    rows = max(rows, threads * 16 // (width * x.element_size()))
     tiles = max(1, cdiv(columns, width))
     scalars = (
-        num_tokens, num_patches, num_keep, columns, tiles, *x.stride(), *strides, True, heads,
-        size, chunk, rows, width,
+        num_tokens,
+        num_patches,
+        num_keep,
+        columns,
+        tiles,
+        *x.stride(),
+        *strides,
+        True,
+        heads,
+        size,
+        chunk,
+        rows,
+        width,
     )
     pointers = x, scores, tokens, index
-    launch(_select_and_move_kernel, batch * tiles, index, pointers, scalars, warps)
+    launch(_select_and_move_kernel, batch * tiles, index, pointers, scalars, threads)
     return tokens, index
 
 
@@ -416,8 +462,19 @@ def gather_topk_fuse_backward(
     tiles = cdiv(num_tokens, rows)
     pointers = grad, x, scores, index, grad_x, grad_scores
     scalars = (
-        num_tokens, scores.shape[-1], index.shape[1], columns, tiles,
-        *grad.stride(), *x.stride(), *strides, *index.stride(), heads, rows, width, LOOKUP // rows,
+        num_tokens,
+        scores.shape[-1],
+        index.shape[1],
+        columns,
+        tiles,
+        *grad.stride(),
+        *x.stride(),
+        *strides,
+        *index.stride(),
+        heads,
+        rows,
+        width,
+        LOOKUP // rows,
     )
     launch(_gather_topk_fuse_backward_kernel, batch * tiles, grad_x, pointers, scalars)
     return grad_x, grad_scores
