@@ -26,31 +26,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def summarise(benchmarks: list[Any]) -> list[dict[str, Any]]:
     """One row for each group that has our kernel, at least one rival, and the copy."""
-    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    groups: dict[str, dict[str, float]] = defaultdict(dict)
+    infos: dict[str, dict[str, Any]] = {}
     for bench in benchmarks:
         if not bench.has_error and "provider" in bench.extra_info:
-            groups[bench.group][bench.extra_info["provider"]] = bench
+            providers, name = groups[bench.group], bench.extra_info["provider"]
+            providers[name] = min(bench.stats.min, providers.get(name, bench.stats.min))
+            infos[bench.group] = bench.extra_info
     rows = []
-    for providers in groups.values():
-        rivals = {
-            name: b.stats.min for name, b in providers.items() if name not in ("ours", "copy")
-        }
+    for group, providers in groups.items():
+        rivals = {name: t for name, t in providers.items() if name not in ("ours", "copy")}
         if "ours" not in providers or "copy" not in providers or not rivals:
             continue
-        ours, best = providers["ours"], min(rivals, key=lambda name: rivals[name])
-        info = ours.extra_info
+        ours, best, info = providers["ours"], min(rivals, key=rivals.__getitem__), infos[group]
         rows.append(
             {
-                "operator": info["operator"],
-                "shape": info["shape"],
-                "dtype": info["dtype"],
-                "threads": info["threads"],
-                "ours_us": round(ours.stats.min * 1e6, 1),
+                **{key: info[key] for key in ("operator", "shape", "dtype", "threads")},
+                "ours_us": round(ours * 1e6, 1),
                 "best_torch_us": round(rivals[best] * 1e6, 1),
                 "best_torch": best,
-                "speedup": round(rivals[best] / ours.stats.min, 2),
-                "GB_s": round(info["bytes"] / ours.stats.min / 1e9, 1),
-                "share_of_copy": round(providers["copy"].stats.min / ours.stats.min, 2),
+                "speedup": round(rivals[best] / ours, 2),
+                "GB_s": round(info["bytes"] / ours / 1e9, 1),
+                "share_of_copy": round(providers["copy"] / ours, 2),
             }
         )
     return rows

@@ -4,8 +4,9 @@
     pytest benchmarks/test_operators_cpu.py --full --summary-csv operators.csv
 
 Every provider of a group gets the same inputs, allocates its own output, and is compared with the
-reference before it is timed. Gate on the minimum: on shared cores the mean measures the neighbours.
-`share_of_copy` is the time of `Tensor.clone()` of the operator's bytes over the operator's time.
+reference before it is timed. The table takes the minimum of two turns: on shared cores the mean
+measures the neighbours. `share_of_copy` is the time of `Tensor.clone()` of the operator's bytes
+over the operator's time.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Shape:
 
 
 USUAL = [
-    *(Shape(1, 197, 384), Shape(8, 197, 384), Shape(64, 197, 192), Shape(64, 197, 384)),
+    *(Shape(1, 197, 384), Shape(8, 197, 384), Shape(64, 197, 192)),
     *(Shape(64, 197, 768), Shape(64, 577, 384)),
 ]
 FULL = [Shape(*sizes) for sizes in itertools.product((1, 8, 64), (197, 577), (192, 384, 768))]
@@ -257,18 +258,20 @@ def providers(case: Case) -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     shapes = FULL if metafunc.config.getoption("--full") else USUAL
-    # The providers vary fastest, so that those of one group run side by side in time.
+    # Two rounds over the providers of a group, side by side in time: what else the machine does,
+    # and whether it has huge pages left for an output, changes within seconds.
     metafunc.parametrize(
-        ("shape", "dtype", "threads", "operator", "provider"),
+        ("shape", "dtype", "threads", "operator", "turn", "provider"),
         [
             pytest.param(
-                *(shape, dtype, threads, operator, provider),
-                id=f"{operator}-{shape}-{str(dtype)[6:]}-t{threads}-{provider}",
+                *(shape, dtype, threads, operator, turn, provider),
+                id=f"{operator}-{shape}-{str(dtype)[6:]}-t{threads}-{provider}-{turn}",
             )
             for shape in shapes
             for dtype in (torch.float32, torch.bfloat16)
             for threads in (2, 1)
             for operator, case in CASES.items()
+            for turn in range(2)
             for provider in providers(case)
         ],
     )
@@ -313,6 +316,7 @@ def test_operator(
     dtype: torch.dtype,
     threads: int,
     operator: str,
+    turn: int,
     provider: str,
 ) -> None:
     case, inputs = CASES[operator], inputs_of(shape, dtype)
@@ -327,7 +331,8 @@ def test_operator(
         def run() -> Any:
             return call(inputs)
 
-        check(run(), case.expected(inputs), case.exact, dtype == torch.bfloat16)
+        if turn == 0:
+            check(run(), case.expected(inputs), case.exact, dtype == torch.bfloat16)
     benchmark.group = f"{operator} {shape} {str(dtype)[6:]} {threads} threads"
     benchmark.extra_info.update(
         operator=operator,
@@ -337,12 +342,12 @@ def test_operator(
         threads=threads,
         bytes=num_bytes,
     )
-    # About 60 ms for each: rounds long enough for the clock, and enough of them for a minimum.
+    # About 20 ms for each: rounds long enough for the clock, and enough of them for a minimum.
     start = time.perf_counter()
-    for _ in range(3):
+    for _ in range(2):
         run()
-    seconds = (time.perf_counter() - start) / 3
+    seconds = (time.perf_counter() - start) / 2
     iterations = max(1, int(50e-6 / seconds))
-    rounds = max(7, min(200, int(60e-3 / (seconds * iterations))))
+    rounds = max(5, min(200, int(20e-3 / (seconds * iterations))))
     benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=1)
     benchmark.extra_info["GB_s"] = num_bytes / benchmark.stats.stats.min / 1e9

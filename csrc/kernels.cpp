@@ -189,12 +189,22 @@ inline Four<A> sum_lanes(Vec<A> v0, Vec<A> v1, Vec<A> v2, Vec<A> v3) {
   return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
 }
 
+// Four running sums: with one, each addition waits for the one before.
 template <class A, class T>
 inline A dot(const A* x, const T* y, int64_t n) {
-  Vec<A> sum{};
-  for_lanes(
-      n, [&](int64_t i, int64_t count) { sum += load<A>(x + i, count) * load<A>(y + i, count); });
-  return sum_lanes<A>(sum);
+  Vec<A> s0{}, s1{}, s2{}, s3{};
+  const auto product = [&](int64_t i, int64_t count) {
+    return load<A>(x + i, count) * load<A>(y + i, count);
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    s0 += product(i, kLanes);
+    s1 += product(i + kLanes, kLanes);
+    s2 += product(i + 2 * kLanes, kLanes);
+    s3 += product(i + 3 * kLanes, kLanes);
+  }
+  for_lanes(n - i, [&](int64_t j, int64_t count) { s0 += product(i + j, count); });
+  return sum_lanes<A>((s0 + s1) + (s2 + s3));
 }
 
 // e**v for v <= 0 within 2 units in the last place; NaN stays NaN, below -87.3 gives 0.
@@ -836,6 +846,9 @@ void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wi
     }
     const int64_t patch = row - num_prefix;
     const int32_t r = inverse[item];
+    if (x.stride[2] == 1 && row + kRowsAhead < num_tokens && inverse[item + kRowsAhead] < 0) {
+      prefetch_row(address(x, b, row + kRowsAhead), channels * x.element_size);
+    }
     A grad_mean = 0;
     if (r >= 0) {
       copy_row(at<T>(grad_x, b, row), at<T>(grad, b, r), grad.stride[2], channels, sizeof(T));
