@@ -16,14 +16,22 @@ namespace {
 
 // ------------------------------------------------------------------------------- vectors of 16
 
-// One vector shape for every instruction set (one zmm, two ymm or four xmm registers), so that
-// every sum has the same order and the same bits everywhere.
+// Sixteen lanes for every instruction set, as one, two or four registers, so that every sum has the
+// same order and the same bits everywhere. GCC would take a vector wider than a register too, but
+// moves it through memory: AVX2 then ran four times slower than AVX-512.
 constexpr int64_t kLanes = 16;
-typedef float FloatVec __attribute__((vector_size(64)));
-typedef double DoubleVec __attribute__((vector_size(128)));
-typedef uint16_t Bits16 __attribute__((vector_size(32)));
-typedef uint32_t Bits32 __attribute__((vector_size(64)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+constexpr int64_t kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kRegisterBytes = 32;
+#else
+constexpr int64_t kRegisterBytes = 16;
+#endif
+typedef float FloatReg __attribute__((vector_size(kRegisterBytes)));
+typedef double DoubleReg __attribute__((vector_size(kRegisterBytes)));
+typedef uint32_t Bits32 __attribute__((vector_size(kRegisterBytes)));
+typedef int32_t IntReg __attribute__((vector_size(kRegisterBytes)));
+typedef uint16_t Bits16 __attribute__((vector_size(kRegisterBytes / 2)));
 
 struct Half {
   uint16_t bits;
@@ -31,32 +39,6 @@ struct Half {
 struct BFloat {
   uint16_t bits;
 };
-
-template <class A>
-struct VecOf;
-template <>
-struct VecOf<float> {
-  using type = FloatVec;
-};
-template <>
-struct VecOf<double> {
-  using type = DoubleVec;
-};
-template <class A>
-using Vec = typename VecOf<A>::type;
-
-template <class A>
-struct FourOf;
-template <>
-struct FourOf<float> {
-  typedef float type __attribute__((vector_size(16)));
-};
-template <>
-struct FourOf<double> {
-  typedef double type __attribute__((vector_size(32)));
-};
-template <class A>
-using Four = typename FourOf<A>::type;
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -66,85 +48,157 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline FloatVec widen(FloatVec v, float) { return v; }
-inline DoubleVec widen(DoubleVec v, double) { return v; }
-inline FloatVec widen(Bits16 v, BFloat) {
-  return bit_cast<FloatVec>(__builtin_convertvector(v, Bits32) << 16);
+// What one register's worth of a type is computed in (Reg) and stored as (Stored).
+template <class T>
+struct Type {
+  using Sum = float;
+  using Stored = Bits16;
+};
+template <>
+struct Type<float> {
+  using Sum = float;
+  using Reg = FloatReg;
+  using Stored = FloatReg;
+  typedef float Four __attribute__((vector_size(16)));
+  typedef float Eight __attribute__((vector_size(32)));
+};
+template <>
+struct Type<double> {
+  using Sum = double;
+  using Reg = DoubleReg;
+  using Stored = DoubleReg;
+  typedef double Four __attribute__((vector_size(32)));
+  typedef double Eight __attribute__((vector_size(64)));
+};
+
+inline FloatReg widen(FloatReg v, float) { return v; }
+inline DoubleReg widen(DoubleReg v, double) { return v; }
+inline FloatReg widen(Bits16 v, BFloat) {
+  return bit_cast<FloatReg>(__builtin_convertvector(v, Bits32) << 16);
 }
 // Subnormals go through a subtraction of normal numbers, so flush-to-zero modes do not touch them.
-inline FloatVec widen(Bits16 v, Half) {
+inline FloatReg widen(Bits16 v, Half) {
   const Bits32 bits = __builtin_convertvector(v, Bits32);
   const Bits32 magnitude = bits & 0x7fff;
   const Bits32 normal = (magnitude << 13) + (112u << 23);
   const Bits32 smallest = (magnitude << 13) + (113u << 23);
   const Bits32 subnormal =
-      bit_cast<Bits32>(bit_cast<FloatVec>(smallest) - bit_cast<FloatVec>(Bits32{} + (113u << 23)));
+      bit_cast<Bits32>(bit_cast<FloatReg>(smallest) - bit_cast<FloatReg>(Bits32{} + (113u << 23)));
   Bits32 result = magnitude < 0x400 ? subnormal : normal;
   result = magnitude >= 0x7c00 ? normal + (112u << 23) : result;
-  return bit_cast<FloatVec>(result | ((bits & 0x8000) << 16));
+  return bit_cast<FloatReg>(result | ((bits & 0x8000) << 16));
 }
 
 // Round to nearest even, NaN to the quiet NaN: as torch rounds.
-inline FloatVec narrow(FloatVec v, float) { return v; }
-inline DoubleVec narrow(DoubleVec v, double) { return v; }
-inline Bits16 narrow(FloatVec v, BFloat) {
+inline FloatReg narrow(FloatReg v, float) { return v; }
+inline DoubleReg narrow(DoubleReg v, double) { return v; }
+inline Bits16 narrow(FloatReg v, BFloat) {
   const Bits32 bits = bit_cast<Bits32>(v);
   const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits32 result = (bits & 0x7fffffff) > 0x7f800000 ? Bits32{} + 0x7fc0 : rounded;
   return __builtin_convertvector(result, Bits16);
 }
-inline Bits16 narrow(FloatVec v, Half) {
+inline Bits16 narrow(FloatReg v, Half) {
   const Bits32 bits = bit_cast<Bits32>(v);
   const Bits32 magnitude = bits & 0x7fffffff;
   const Bits32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   // Adding 0.5 leaves the result in units of 2**-24, float16's smallest step.
-  const Bits32 subnormal = bit_cast<Bits32>(bit_cast<FloatVec>(magnitude) + 0.5f) - 0x3f000000;
+  const Bits32 subnormal = bit_cast<Bits32>(bit_cast<FloatReg>(magnitude) + 0.5f) - 0x3f000000;
   Bits32 result = magnitude < 0x38800000 ? subnormal : normal;
   result = magnitude >= 0x47800000 ? Bits32{} + 0x7c00 : result;
   result = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : result;
   return __builtin_convertvector(result | ((bits >> 16) & 0x8000), Bits16);
 }
 
-inline FloatVec convert(FloatVec v, float) { return v; }
-inline DoubleVec convert(FloatVec v, double) { return __builtin_convertvector(v, DoubleVec); }
-inline DoubleVec convert(DoubleVec v, double) { return v; }
-inline FloatVec convert(DoubleVec v, float) { return __builtin_convertvector(v, FloatVec); }
+template <class A>
+struct Vec {
+  using Reg = typename Type<A>::Reg;
+  static constexpr int64_t kWidth = kRegisterBytes / sizeof(A);
+  static constexpr int64_t kRegs = kLanes / kWidth;
+  Reg reg[kRegs];
+};
 
-template <class T>
-struct StorageOf {
-  using type = Bits16;
-};
-template <>
-struct StorageOf<float> {
-  using type = FloatVec;
-};
-template <>
-struct StorageOf<double> {
-  using type = DoubleVec;
-};
-template <class T>
-using Storage = typename StorageOf<T>::type;
+// f(register of x, register of y) for each register.
+template <class A, class F>
+inline Vec<A> zip(const Vec<A>& x, const Vec<A>& y, F f) {
+  Vec<A> result;
+  for (int64_t r = 0; r < Vec<A>::kRegs; ++r) {
+    result.reg[r] = f(x.reg[r], y.reg[r]);
+  }
+  return result;
+}
+
+template <class A>
+inline Vec<A> operator+(const Vec<A>& x, const Vec<A>& y) {
+  return zip(x, y, [](auto a, auto b) { return a + b; });
+}
+template <class A>
+inline Vec<A> operator*(const Vec<A>& x, const Vec<A>& y) {
+  return zip(x, y, [](auto a, auto b) { return a * b; });
+}
+template <class A>
+inline Vec<A>& operator+=(Vec<A>& x, const Vec<A>& y) {
+  return x = x + y;
+}
+template <class A>
+inline Vec<A> operator*(A x, const Vec<A>& y) {
+  return zip(y, y, [x](auto a, auto) { return x * a; });
+}
+// x where it is larger than y, else y.
+template <class A>
+inline Vec<A> maximum(const Vec<A>& x, const Vec<A>& y) {
+  return zip(x, y, [](auto a, auto b) { return a > b ? a : b; });
+}
+template <class A>
+inline Vec<A> broadcast(A x) {
+  return zip(Vec<A>{}, Vec<A>{}, [x](auto zero, auto) { return zero + x; });
+}
 
 // `count` of 16 elements as accumulators; the others are 0.
 template <class A, class T>
 inline Vec<A> load(const T* p, int64_t count) {
-  Storage<T> bits{};
-  if (count == kLanes) {
-    std::memcpy(&bits, p, sizeof(bits));
-  } else {
-    std::memcpy(&bits, p, count * sizeof(T));
+  T padded[kLanes];
+  if (count != kLanes) {
+    std::memset(padded, 0, sizeof(padded));
+    std::memcpy(padded, p, count * sizeof(T));
+    p = padded;
   }
-  return convert(widen(bits, T{}), A{});
+  Vec<A> result;
+  if constexpr (sizeof(A) == sizeof(typename Type<T>::Sum)) {
+    for (int64_t r = 0; r < Vec<A>::kRegs; ++r) {
+      typename Type<T>::Stored stored;
+      std::memcpy(&stored, p + r * Vec<A>::kWidth, sizeof(stored));
+      result.reg[r] = widen(stored, T{});
+    }
+  } else {  // float64 scores beside smaller tokens: rare, so lane by lane
+    float lanes[kLanes];
+    const Vec<float> floats = load<float>(p, kLanes);
+    std::memcpy(lanes, &floats, sizeof(lanes));
+    for (int64_t i = 0; i < kLanes; ++i) {
+      result.reg[i / Vec<A>::kWidth][i % Vec<A>::kWidth] = lanes[i];
+    }
+  }
+  return result;
 }
 
 template <class A, class T>
-inline void store(T* p, Vec<A> v, int64_t count) {
-  using Wide = std::conditional_t<sizeof(T) == 8, double, float>;
-  const Storage<T> bits = narrow(convert(v, Wide{}), T{});
-  if (count == kLanes) {
-    std::memcpy(p, &bits, sizeof(bits));
+inline void store(T* p, const Vec<A>& v, int64_t count) {
+  T padded[kLanes];
+  T* to = count == kLanes ? p : padded;
+  if constexpr (sizeof(A) == sizeof(typename Type<T>::Sum)) {
+    for (int64_t r = 0; r < Vec<A>::kRegs; ++r) {
+      const typename Type<T>::Stored stored = narrow(v.reg[r], T{});
+      std::memcpy(to + r * Vec<A>::kWidth, &stored, sizeof(stored));
+    }
   } else {
-    std::memcpy(p, &bits, count * sizeof(T));
+    typename Type<T>::Sum lanes[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      lanes[i] = static_cast<typename Type<T>::Sum>(v.reg[i / Vec<A>::kWidth][i % Vec<A>::kWidth]);
+    }
+    store<typename Type<T>::Sum>(to, load<typename Type<T>::Sum>(lanes, kLanes), kLanes);
+  }
+  if (count != kLanes) {
+    std::memcpy(p, padded, count * sizeof(T));
   }
 }
 
@@ -160,27 +214,35 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, F f) {
   }
 }
 
+template <class A>
+using Four = typename Type<A>::Four;
+
 // Halves are added pairwise, so the order does not depend on the register width.
 template <class A>
-inline Four<A> fold(Vec<A> v) {
-  typedef A Eight __attribute__((vector_size(8 * sizeof(A))));
-  Eight eight[2];
-  std::memcpy(eight, &v, sizeof(v));
-  eight[0] += eight[1];
-  Four<A> four[2];
-  std::memcpy(four, &eight[0], sizeof(four));
-  return four[0] + four[1];
+inline Four<A> fold(const Vec<A>& v) {
+  if constexpr (kRegisterBytes == 64) {
+    typename Type<A>::Eight eight[2];
+    std::memcpy(eight, &v, sizeof(v));
+    eight[0] += eight[1];
+    Four<A> four[2];
+    std::memcpy(four, &eight[0], sizeof(four));
+    return four[0] + four[1];
+  } else {
+    Four<A> four[4];
+    std::memcpy(four, &v, sizeof(v));
+    return (four[0] + four[2]) + (four[1] + four[3]);
+  }
 }
 
 template <class A>
-inline A sum_lanes(Vec<A> v) {
+inline A sum_lanes(const Vec<A>& v) {
   const Four<A> four = fold<A>(v);
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // The sums of four vectors, each in the order of sum_lanes.
 template <class A>
-inline Four<A> sum_lanes(Vec<A> v0, Vec<A> v1, Vec<A> v2, Vec<A> v3) {
+inline Four<A> sum_lanes(const Vec<A>& v0, const Vec<A>& v1, const Vec<A>& v2, const Vec<A>& v3) {
   const Four<A> a = fold<A>(v0), b = fold<A>(v1), c = fold<A>(v2), d = fold<A>(v3);
   const Four<A> ab =
       __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
@@ -208,25 +270,25 @@ inline A dot(const A* x, const T* y, int64_t n) {
 }
 
 // e**v for v <= 0 within 2 units in the last place; NaN stays NaN, below -87.3 gives 0.
-inline FloatVec exp(FloatVec v) {
-  const IntVec underflow = v < -87.3f;
-  const FloatVec x = underflow ? FloatVec{} : v;
+inline FloatReg exp(FloatReg v) {
+  const IntReg underflow = v < -87.3f;
+  const FloatReg x = underflow ? FloatReg{} : v;
   // Adding 1.5 * 2**23 leaves the nearest integer to x / ln 2 in the low bits.
-  const FloatVec shifted = x * 1.44269504f + 12582912.0f;
-  const FloatVec n = shifted - 12582912.0f;
-  const FloatVec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  FloatVec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const FloatReg shifted = x * 1.44269504f + 12582912.0f;
+  const FloatReg n = shifted - 12582912.0f;
+  const FloatReg r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  FloatReg p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const FloatVec power = bit_cast<FloatVec>((bit_cast<IntVec>(shifted) << 23) + (127 << 23));
-  const FloatVec result = p * power;
-  return underflow ? FloatVec{} : result;
+  const FloatReg power = bit_cast<FloatReg>((bit_cast<IntReg>(shifted) << 23) + (127 << 23));
+  const FloatReg result = p * power;
+  return underflow ? FloatReg{} : result;
 }
-inline DoubleVec exp(DoubleVec v) {
-  for (int64_t i = 0; i < kLanes; ++i) {
+inline DoubleReg exp(DoubleReg v) {
+  for (int64_t i = 0; i < Vec<double>::kWidth; ++i) {
     v[i] = std::exp(v[i]);
   }
   return v;
@@ -463,22 +525,24 @@ void cls_softmax_mean_of(const A* logits, int64_t heads, int64_t tokens, int64_t
       }
       Vec<A> largest = load<A>(weight, kLanes);
       for (int64_t j = kLanes; j < padded; j += kLanes) {
-        const Vec<A> v = load<A>(weight + j, kLanes);
-        largest = v > largest ? v : largest;
+        largest = maximum(load<A>(weight + j, kLanes), largest);
       }
-      A maximum = largest[0];
+      A lanes[kLanes];
+      std::memcpy(lanes, &largest, sizeof(lanes));
+      A top = lanes[0];
       for (int64_t i = 1; i < kLanes; ++i) {
-        maximum = largest[i] > maximum ? largest[i] : maximum;
+        top = lanes[i] > top ? lanes[i] : top;
       }
       Vec<A> sums{};
       for (int64_t j = 0; j < padded; j += kLanes) {
-        const Vec<A> e = exp(load<A>(weight + j, kLanes) - maximum);
+        const Vec<A> v = load<A>(weight + j, kLanes);
+        const Vec<A> e = zip(v, v, [top](auto a, auto) { return exp(a - top); });
         sums += e;
         store<A>(weight + j, e, kLanes);
       }
       const A share = 1 / sum_lanes<A>(sums);
       for (int64_t j = 0; j < padded; j += kLanes) {
-        store<A>(mean + j, load<A>(mean + j, kLanes) + load<A>(weight + j, kLanes) * share, kLanes);
+        store<A>(mean + j, load<A>(mean + j, kLanes) + share * load<A>(weight + j, kLanes), kLanes);
       }
     }
     float* row = out + b * (tokens - num_prefix);
@@ -866,7 +930,7 @@ void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wi
       by_dtype(grad_scores.dtype, [&](auto element) {
         using S = decltype(element);
         for (int64_t h = 0; h < heads; ++h) {
-          store<A>(at<S>(grad_scores, b, h, patch), Vec<A>{} + grad_mean, 1);
+          store<A>(at<S>(grad_scores, b, h, patch), broadcast(grad_mean), 1);
         }
       });
     }
