@@ -202,6 +202,9 @@ inline void store(T* p, const Vec<A>& v, int64_t count) {
   }
 }
 
+// For the innermost loops: GCC else leaves calls in them, with every vector passed through memory.
+#define SKIPVIT_FLATTEN __attribute__((flatten))
+
 // f(first, count) over n elements; count is the constant 16 except in the last call.
 template <class F>
 inline __attribute__((always_inline)) void for_lanes(int64_t n, F f) {
@@ -253,7 +256,7 @@ inline Four<A> sum_lanes(const Vec<A>& v0, const Vec<A>& v1, const Vec<A>& v2, c
 
 // Four running sums: with one, each addition waits for the one before.
 template <class A, class T>
-inline A dot(const A* x, const T* y, int64_t n) {
+SKIPVIT_FLATTEN inline A dot(const A* x, const T* y, int64_t n) {
   Vec<A> s0{}, s1{}, s2{}, s3{};
   const auto product = [&](int64_t i, int64_t count) {
     return load<A>(x + i, count) * load<A>(y + i, count);
@@ -430,8 +433,9 @@ constexpr int64_t kTokensAhead = 8;
 // out[i] = scale * query . key_i for up to four tokens, together: one dot product of 64 channels is
 // too short to hide the latency of its additions.
 template <class T, class A>
-inline void dot_tokens(const A* query, const T* key, int64_t token_step, int64_t channel_step,
-                       int64_t width, int64_t count, A scale, A* out) {
+SKIPVIT_FLATTEN inline void dot_tokens(const A* query, const T* key, int64_t token_step,
+                                       int64_t channel_step, int64_t width, int64_t count, A scale,
+                                       A* out) {
   if (count < 4 || (channel_step != 1 && width > 1)) {
     for (int64_t i = 0; i < count; ++i) {
       out[i] =
@@ -510,8 +514,9 @@ void cls_logits(const View& q, const View& k, double scale, void* logits, int64_
 }
 
 template <class A>
-void cls_softmax_mean_of(const A* logits, int64_t heads, int64_t tokens, int64_t num_prefix,
-                         float* out, int64_t begin, int64_t end) {
+SKIPVIT_FLATTEN void cls_softmax_mean_of(const A* logits, int64_t heads, int64_t tokens,
+                                         int64_t num_prefix, float* out, int64_t begin,
+                                         int64_t end) {
   const int64_t padded = (tokens + kLanes - 1) / kLanes * kLanes;
   A* weight = accumulate_scratch.get<A>(2 * padded);
   A* mean = weight + padded;
@@ -566,7 +571,7 @@ void cls_softmax_mean(const void* logits, bool wide, int64_t heads, int64_t toke
 // ------------------------------------------------------------------------------- selection
 
 template <class T, class A>
-void head_mean_of(const View& scores, A* mean, int64_t begin, int64_t end) {
+SKIPVIT_FLATTEN void head_mean_of(const View& scores, A* mean, int64_t begin, int64_t end) {
   const int64_t heads = scores.size[1], n = scores.size[2];
   for (int64_t b = begin; b < end; ++b) {
     A* out = mean + b * n;
@@ -741,7 +746,7 @@ void gather_rows(const View& x, const View& index, const View& out, int64_t begi
 }
 
 template <class T, class A>
-inline void add_row(T* out, const T* x, const T* update, int64_t n) {
+SKIPVIT_FLATTEN inline void add_row(T* out, const T* x, const T* update, int64_t n) {
   for_lanes(n, [&](int64_t i, int64_t count) {
     store<A>(out + i, load<A>(x + i, count) + load<A>(update + i, count), count);
   });
@@ -801,8 +806,8 @@ inline Columns columns_of(int64_t item, int64_t blocks, int64_t channels) {
 
 // sum += weight * row, for up to four rows a pass over the accumulators: in order, as one by one.
 template <class T, class A>
-inline void add_weighted_rows(A* sum, const T* const* rows, const A* weights, int64_t num_rows,
-                              int64_t n) {
+SKIPVIT_FLATTEN inline void add_weighted_rows(A* sum, const T* const* rows, const A* weights,
+                                              int64_t num_rows, int64_t n) {
   if (num_rows == 4) {
     const T *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
     const A w0 = weights[0], w1 = weights[1], w2 = weights[2], w3 = weights[3];
@@ -882,7 +887,7 @@ void sum_dropped(const View& x, const void* mean, bool wide, const int64_t* inde
 }
 
 template <class T, class A>
-inline void scale_row(T* out, A weight, const A* row, int64_t n) {
+SKIPVIT_FLATTEN inline void scale_row(T* out, A weight, const A* row, int64_t n) {
   for_lanes(n, [&](int64_t i, int64_t count) {
     store<A>(out + i, weight * load<A>(row + i, count), count);
   });
@@ -947,9 +952,10 @@ void fuse_backward(const View& grad, const View& x, const void* mean, bool wide,
 }
 
 template <class T, class A>
-void scatter_back_backward_of(const View& grad, const int32_t* inverse, const View& grad_x,
-                              const View& grad_tokens, const View* grad_update, int64_t blocks,
-                              int64_t begin, int64_t end) {
+SKIPVIT_FLATTEN void scatter_back_backward_of(const View& grad, const int32_t* inverse,
+                                              const View& grad_x, const View& grad_tokens,
+                                              const View* grad_update, int64_t blocks,
+                                              int64_t begin, int64_t end) {
   const int64_t num_tokens = grad.size[1];
   for (int64_t item = begin; item < end; ++item) {
     const Columns c = columns_of(item, blocks, grad.size[2]);
