@@ -277,8 +277,7 @@ def write_table(path: str) -> None:
         lines += [
             f"## {target}",
             "",
-            "| shape | kernel | warps | registers | spills | shared | 16-byte loads | 16-byte stores"
-            " |",
+            "| shape | kernel | warps | registers | spills | shared | wide loads | wide stores |",
             "|---|---|--:|--:|--:|--:|--:|--:|",
         ]
         for shape in SHAPES:

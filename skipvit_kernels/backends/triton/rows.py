@@ -151,19 +151,10 @@ def _scatter_rows(
     rows, width = move_tile(columns, tokens.element_size())
     tiles = cdiv(num_tokens, rows) * cdiv(columns, width)
     pointers = x, tokens, index, update, out
-    scalars = (
-        num_tokens,
-        num_rows,
-        columns,
-        tiles,
-        *((0, 0, 0) if x is None else x.stride()),
-        *tokens.stride(),
-        *index.stride(),
-        *((0, 0) if update is None else update.stride()),
-        rows,
-        width,
-        LOOKUP // rows,
-    )
+    x_strides = (0, 0, 0) if x is None else x.stride()
+    update_strides = (0, 0) if update is None else update.stride()
+    strides = *x_strides, *tokens.stride(), *index.stride(), *update_strides
+    scalars = num_tokens, num_rows, columns, tiles, *strides, rows, width, LOOKUP // rows
     launch(_scatter_rows_kernel, batch * tiles, out, pointers, scalars)
     return out
 
@@ -245,16 +236,7 @@ def scatter_back_backward(
     rows, width = (sum_tile if has_update else move_tile)(columns, grad.element_size())
     tiles = cdiv(columns, width) * (1 if has_update else cdiv(num_tokens, rows))
     pointers = grad, index, grad_x, grad_tokens, grad_update if has_update else None
-    scalars = (
-        num_tokens,
-        num_rows,
-        columns,
-        tiles,
-        *grad.stride(),
-        *index.stride(),
-        rows,
-        width,
-        LOOKUP // rows,
-    )
+    strides = *grad.stride(), *index.stride()
+    scalars = num_tokens, num_rows, columns, tiles, *strides, rows, width, LOOKUP // rows
     launch(_scatter_back_backward_kernel, batch * tiles, grad_x, pointers, scalars)
     return grad_x, grad_tokens, grad_update

@@ -123,18 +123,9 @@ def _cls_logits_kernel(
     b, h = image_head // num_heads, image_head % num_heads
     o_n = tile * TOKENS + tl.arange(0, TOKENS)
     m_n = o_n < num_tokens
-    b_logit = _logits(
-        q_ptr + b * q_stride_b + h * q_stride_h,
-        k_ptr + b * k_stride_b + h * k_stride_h,
-        o_n,
-        m_n,
-        scale,
-        q_stride_d,
-        k_stride_n,
-        k_stride_d,
-        D,
-        WIDTH,
-    )
+    q_ptr += b * q_stride_b + h * q_stride_h
+    k_ptr += b * k_stride_b + h * k_stride_h
+    b_logit = _logits(q_ptr, k_ptr, o_n, m_n, scale, q_stride_d, k_stride_n, k_stride_d, D, WIDTH)
     tl.store(logits_ptr + image_head * num_tokens + o_n, b_logit, mask=m_n)
     top, _, total = _exp_sum(b_logit)
     parts_ptr += image_head * 2 * tiles + tile
@@ -187,18 +178,8 @@ def cls_scores(
         threads = max(128, min(512, size))
         # 64 elements a thread.
         width = min(triton.next_power_of_2(depth), 64 * threads // size)
-        scalars = (
-            scale,
-            heads,
-            num_tokens,
-            num_prefix_tokens,
-            *q.stride(),
-            *k.stride(),
-            depth,
-            size,
-            width,
-            2,
-        )
+        sizes = heads, num_tokens, num_prefix_tokens
+        scalars = scale, *sizes, *q.stride(), *k.stride(), depth, size, width, 2
         launch(_cls_scores_kernel, batch, out, (q, k, out), scalars, threads)
         return out
     tiles = cdiv(num_tokens, TILE)

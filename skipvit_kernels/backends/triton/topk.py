@@ -183,17 +183,8 @@ def _select_kernel(
     for start in range(0, num_tokens, ROWS):
         o_n = start + tl.arange(0, ROWS)
         moved, row, _, _, ties_seen, kept_seen = _rows_of(
-            o_n,
-            t,
-            ties,
-            ties_seen,
-            kept_seen,
-            scores_ptr,
-            num_tokens,
-            num_patches,
-            stride_h,
-            stride_n,
-            HEADS,
+            *(o_n, t, ties, ties_seen, kept_seen),
+            *(scores_ptr, num_tokens, num_patches, stride_h, stride_n, HEADS),
         )
         tl.store(index_ptr + row, o_n.to(tl.int64), mask=moved)
 
@@ -250,17 +241,8 @@ def _select_and_move_kernel(
     for start in range(first, end, ROWS):
         o_n = start + tl.arange(0, ROWS)
         moved, row, mean, dropped, ties_seen, kept_seen = _rows_of(
-            o_n,
-            t,
-            ties,
-            ties_seen,
-            kept_seen,
-            scores_ptr,
-            num_tokens,
-            num_patches,
-            scores_stride_h,
-            scores_stride_n,
-            HEADS,
+            *(o_n, t, ties, ties_seen, kept_seen),
+            *(scores_ptr, num_tokens, num_patches, scores_stride_h, scores_stride_n, HEADS),
         )
         x_ptrs = x_ptr + o_n.to(tl.int64)[:, None] * x_stride_n + o_c[None, :] * x_stride_c
         m_x = ((o_n < num_tokens) if FUSE else moved)[:, None] & m_c[None, :]
@@ -308,34 +290,13 @@ def gather_topk(
     rows, width = move_tile(columns, x.element_size())
     tiles = cdiv(num_tokens, rows) * cdiv(columns, width)
     if num_patches > MAX_RANKED or batch * tiles > MAX_SELECTING or columns == 0:
-        scalars = (
-            num_tokens,
-            num_patches,
-            num_keep,
-            *strides,
-            heads,
-            size,
-            chunk,
-            block(min(num_tokens, 1024)),
-        )
+        rows = block(min(num_tokens, 1024))
+        scalars = num_tokens, num_patches, num_keep, *strides, heads, size, chunk, rows
         launch(_select_kernel, batch if num_kept else 0, index, (scores, index), scalars, threads)
         return gather_rows(x, index), index
     tokens = x.new_empty((batch, num_kept, columns))
-    scalars = (
-        num_tokens,
-        num_patches,
-        num_keep,
-        columns,
-        tiles,
-        *x.stride(),
-        *strides,
-        False,
-        heads,
-        size,
-        chunk,
-        rows,
-        width,
-    )
+    sizes = num_tokens, num_patches, num_keep, columns, tiles
+    scalars = *sizes, *x.stride(), *strides, False, heads, size, chunk, rows, width
     pointers = x, scores, tokens, index
     launch(_select_and_move_kernel, batch * tiles, index, pointers, scalars, threads)
     return tokens, index
@@ -360,21 +321,8 @@ def gather_topk_fuse(
     # 16 bytes for each thread at least, where a long image brought many.
     rows = max(rows, threads * 16 // (width * x.element_size()))
     tiles = max(1, cdiv(columns, width))
-    scalars = (
-        num_tokens,
-        num_patches,
-        num_keep,
-        columns,
-        tiles,
-        *x.stride(),
-        *strides,
-        True,
-        heads,
-        size,
-        chunk,
-        rows,
-        width,
-    )
+    sizes = num_tokens, num_patches, num_keep, columns, tiles
+    scalars = *sizes, *x.stride(), *strides, True, heads, size, chunk, rows, width
     pointers = x, scores, tokens, index
     launch(_select_and_move_kernel, batch * tiles, index, pointers, scalars, threads)
     return tokens, index
@@ -461,20 +409,8 @@ def gather_topk_fuse_backward(
     rows, width = move_tile(columns, x.element_size())
     tiles = cdiv(num_tokens, rows)
     pointers = grad, x, scores, index, grad_x, grad_scores
-    scalars = (
-        num_tokens,
-        scores.shape[-1],
-        index.shape[1],
-        columns,
-        tiles,
-        *grad.stride(),
-        *x.stride(),
-        *strides,
-        *index.stride(),
-        heads,
-        rows,
-        width,
-        LOOKUP // rows,
-    )
+    sizes = num_tokens, scores.shape[-1], index.shape[1], columns, tiles
+    strides = *grad.stride(), *x.stride(), *strides, *index.stride()
+    scalars = *sizes, *strides, heads, rows, width, LOOKUP // rows
     launch(_gather_topk_fuse_backward_kernel, batch * tiles, grad_x, pointers, scalars)
     return grad_x, grad_scores
