@@ -4,6 +4,8 @@ The launchers run as they are, with Triton's driver replaced (`triton_offline`).
 """
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -60,6 +62,43 @@ def test_odd_columns_and_strides_compile():
         kernels.gather_topk(x.double(), scores_.double(), 22)
         kernels.cls_scores(x[:, :6].double(), x[:, None].double().expand(-1, 6, -1, -1))
     assert len(driver.launches) == 4
+
+
+def test_the_head_mean_is_an_ieee_division():
+    """Triton's `/` is two units off on NVIDIA, and ranks must agree with every other backend."""
+    x, scores_ = torch.empty(64, 50, 8), torch.empty(64, 3, 49)
+    with triton_offline.offline("sm_90"):
+        kernels.gather_topk(x, scores_, 22)
+        (select,) = triton_offline.compiled(topk)["_select_kernel"]
+        assert "div.rn.f32" in select.asm["ptx"] and "div.full" not in select.asm["ptx"]
+
+
+# The package in a fresh process: nothing of Triton, no context, and the reference without Triton.
+IMPORT = """
+import sys
+{block}
+import torch, skipvit_kernels as sk
+assert "triton.language" not in sys.modules or {blocked}
+assert not torch.cuda.is_initialized()
+registered = torch._C._dispatch_has_kernel_for_dispatch_key("skipvit::gather_topk", "CUDA")
+assert registered != {blocked}
+print(sk.backends.triton.unavailable_reason())
+sk.gather_topk(torch.randn(1, 5, 2), torch.rand(1, 4), 2)
+"""
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_the_package_imports_with_and_without_triton(blocked):
+    block = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_spec(name, *a)
+"""
+    code = IMPORT.format(block=block if blocked else "", blocked=blocked)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if blocked:
+        assert done.stdout.strip() == "triton is not installed"
 
 
 # name -> launches; the issue allows two for gather_topk's forward and one for everything else
