@@ -11,9 +11,7 @@ over the operator's time.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -288,20 +286,6 @@ def inputs_of(shape: Shape, dtype: torch.dtype) -> Inputs:
         _inputs.clear()
         _inputs[shape, dtype] = Inputs(shape, dtype)
     return _inputs[shape, dtype]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def keep_freed_memory() -> None:
-    """Let malloc reuse what was freed, at any size.
-
-    glibc takes outputs above 32 MiB as fresh pages from the kernel: 38 MB then cost 20 ms on a
-    virtual machine whoever writes them, or nothing where a freed block happened to fit.
-    """
-    if sys.platform == "linux":
-        trim_threshold, mmap_max = -1, -4
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 @pytest.fixture
