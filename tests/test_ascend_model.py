@@ -74,6 +74,14 @@ def test_what_the_910a_does_not_document_does_not_compile(tmp_path):
     assert [name for name, statement in UNDOCUMENTED.items() if compiles(statement)] == []
 
 
+def test_kernels_and_host_code_compile_without_a_warning():
+    for source in model.SOURCES:
+        flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{ASCEND}"]
+        command = [model.compiler(), *flags, str(model.ROOT / source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 # ------------------------------------------------------------------------------- lint
 
 
@@ -110,7 +118,8 @@ def test_the_lint_finds(line, tmp_path):
     clean = 'extern "C" __global__ __aicore__ void k(GM_ADDR x) {\n  PipeBarrier<PIPE_V>();\n}\n'
     kernel.write_text(clean)
     assert lint.lint([kernel]) == []
-    kernel.write_text(line + "\n" + clean if line[0] == "#" else clean.replace("}", f"  {line}\n}}"))
+    faulty = f"{line}\n{clean}" if line[0] == "#" else clean.replace("}", f"  {line}\n}}")
+    kernel.write_text(faulty)
     assert len(lint.lint([kernel])) >= 1
 
 
@@ -148,8 +157,34 @@ def test_every_number_of_cores_gives_the_same_bits(cores):
         model.run("scatter_back_backward", args, (1,), 1),
     )
     q, k = torch.randn(5, 3, 16), torch.randn(5, 3, 39, 16)
-    args = {"q": q, "k": k}
-    same(model.run("cls_scores", args, (0.25, 2), cores), model.run("cls_scores", args, (0.25, 2), 1))
+    args, numbers = {"q": q, "k": k}, (0.25, 2)
+    same(model.run("cls_scores", args, numbers, cores), model.run("cls_scores", args, numbers, 1))
+
+
+@pytest.mark.parametrize("prefix, keep", [(0, 0), (0, 9), (2, 0), (2, 9)])
+@pytest.mark.parametrize("heads", [None, 2])
+def test_one_core_reuses_its_buffers_for_every_image(prefix, keep, heads):
+    """Five images in turn, with nothing but its own flags between one and the next."""
+    x = torch.randn(5, prefix + 37, 16)
+    scores = torch.rand((5, 37) if heads is None else (5, heads, 37))
+    dense = {"x": x, "scores": scores}
+    tokens, index = model.run("gather_topk_fuse", dense, (keep, prefix), 1)
+    want = reference.gather_topk_fuse(x, scores, keep, num_prefix_tokens=prefix)
+    assert torch.allclose(tokens, want[0], atol=1e-5) and torch.equal(index, want[1])
+
+    grad = torch.randn(tokens.shape)
+    args = {"grad": grad, "x": x, "scores": scores, "index": index}
+    got = model.run("gather_topk_fuse_backward", args, (), 1)
+    want = reference.gather_topk_fuse_backward(grad, x, scores, index)
+    assert torch.equal(got[0], want[0]) and torch.allclose(got[1], want[1], atol=1e-4)
+
+    got = model.run("scatter_back_backward", {"grad": x, "index": index}, (1,), 1)
+    want = reference.scatter_back_backward(x, index, True)
+    assert torch.equal(got[0], want[0]) and torch.allclose(got[2], want[2], atol=1e-4)
+    moved, update = grad[:, :-1].contiguous(), torch.randn(5, 16)
+    args = {"x": x, "tokens": moved, "index": index, "update": update}
+    got = model.run("scatter_back", args, (), 1)[0]
+    assert torch.equal(got, reference.scatter_back(x, moved, index, update=update))
 
 
 @pytest.mark.parametrize("scores_dtype", [torch.float32, torch.float16])

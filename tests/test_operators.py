@@ -168,7 +168,8 @@ def test_gather_topk_reads_any_layout(backend, dtype, layout, scores_layout):
 
 def test_gather_topk_reads_expanded_tensors(backend):
     launch = backend.launcher("gather_topk")
-    x = torch.randn(1, 21, backend.channels(5, torch.float32), device=backend.device).expand(4, -1, -1)
+    channels = backend.channels(5, torch.float32)
+    x = torch.randn(1, 21, channels, device=backend.device).expand(4, -1, -1)
     scores = torch.rand(1, 20, device=backend.device).expand(4, -1)
     tokens, index = launch(x, scores, 7, num_prefix_tokens=1)
     expected = reference.gather_topk(x, scores, 7)

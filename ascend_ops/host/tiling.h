@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../limits.h"
+#include "../chip.h"
 
 namespace skipvit {
 

@@ -132,7 +132,6 @@ class ClsSoftmax {
     weights = weights_.DeQue<float>();
     DataCopy(out_[item * padded_], weights, padded_);
     weights_.FreeTensor(weights);
-    Sync<HardEvent::V_S>(*pipe_);  // the next logits may be written
   }
 
   TPipe* pipe_;

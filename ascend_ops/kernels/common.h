@@ -3,7 +3,7 @@
 // that are no whole number of 32-byte blocks.
 #pragma once
 
-#include "../limits.h"
+#include "../chip.h"
 #include "kernel_operator.h"
 
 namespace skipvit {

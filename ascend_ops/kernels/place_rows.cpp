@@ -48,7 +48,7 @@ class PlaceRows {
       if (has_update_) {
         Sync<HardEvent::V_MTE2>(*pipe_);  // the additions of the image before are done
         DataCopy(update_row_.template Get<T>(), update_[image * channels_], channels_);
-        Sync<HardEvent::MTE2_V>(*pipe_);
+        // The vector pipe waits for each tile, which MTE2 loads after this row.
       }
       for (uint32_t done = 0; done < count; done += tile_rows_) {
         Tile(image, first + done, done, Smaller(tile_rows_, count - done));

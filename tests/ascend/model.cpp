@@ -42,7 +42,7 @@ uint32_t launch(const char* name, Kernel kernel, uint32_t cores, Args... args) {
       return 1;
     }
   }
-  for (size_t r = 0; r < current.ranges.size(); ++r) {
+  for (size_t r = 0; r < written.size(); ++r) {
     const model::GmRange& range = current.ranges[r];
     for (size_t i = 0; range.writable && i < range.bytes; ++i) {
       if (range.writer[i] >= 0 && ++written[r][i] > 1) {
@@ -113,6 +113,11 @@ uint32_t aclrtlaunch_skipvit_mean_heads(uint32_t cores, void*, void* in, void* o
                                         uint32_t d, uint32_t e, uint32_t f, float divisor) {
   return launch("mean_heads", skipvit_mean_heads, cores, gm(in), gm(out), total, per_core, a, b, c,
                 d, e, f, divisor);
+}
+
+// Memory that the kernels may touch from now on, where a driver and not Python hands it out.
+void skipvit_model_memory(void* base, int64_t bytes) {
+  current.ranges.push_back({gm(base), static_cast<size_t>(bytes), true, {}});
 }
 
 // ---------------------------------------------------------------- the interface for Python

@@ -1,8 +1,8 @@
 """The Ascend kernels on the CPU model of an AI core, under the operators' names.
 
 Builds ascend_ops/kernels (unchanged) with g++ against the stand-in kernel_operator.h beside this
-file, and calls them on CPU tensors through ascend_ops/host, the code that the torch_npu binding uses.
-A breach of a 910A rule in a kernel raises RuntimeError.
+file, and calls them on CPU tensors through ascend_ops/host, the code that the torch_npu binding
+uses. A breach of a 910A rule in a kernel raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 ROOT = Path(os.environ.get("SKIPVIT_ASCEND_SOURCES", REPOSITORY))
 BUILD = REPOSITORY / "build" / "ascend_model"
 SOURCES = ("tests/ascend/model.cpp", "ascend_ops/host/operators.cpp")
-FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
+FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared"]
 
 # Cores of successive calls, so that every test that compares two calls compares two ways to share.
 _cores = itertools.cycle([32, 1, 7, 3, 30, 2])
@@ -45,7 +45,8 @@ def unavailable_reason() -> str | None:
 
 def build(root: Path = ROOT, out: Path = BUILD) -> Path:
     """The model's library for the sources under `root`, built once per content."""
-    files = sorted([*(root / "ascend_ops").rglob("*.[hc]*"), *(root / "tests/ascend").glob("*.[hc]*")])
+    folders = root / "ascend_ops", root / "tests/ascend"
+    files = sorted(file for folder in folders for file in folder.rglob("*.[hc]*"))
     digest = hashlib.sha256(" ".join([compiler(), *FLAGS]).encode())
     for file in files:
         digest.update(file.read_bytes())
@@ -105,8 +106,8 @@ def _bytes(tensor: Tensor) -> int:
     """From the first element of a tensor to the end of its last one."""
     if tensor.numel() == 0:
         return 0
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (steps + 1) * tensor.element_size()
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return (sum((size - 1) * stride for size, stride in sizes) + 1) * tensor.element_size()
 
 
 def run(
