@@ -5,4 +5,5 @@ Each module has launchers under the operators' names, callable on tensors withou
 """
 
 from skipvit_kernels.backends import cpu as cpu
+from skipvit_kernels.backends import npu as npu
 from skipvit_kernels.backends import triton as triton
