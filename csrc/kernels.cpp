@@ -9,6 +9,9 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace skipvit {
 namespace SKIPVIT_ISA {
@@ -32,6 +35,7 @@ typedef double DoubleReg __attribute__((vector_size(kRegisterBytes)));
 typedef uint32_t Bits32 __attribute__((vector_size(kRegisterBytes)));
 typedef int32_t IntReg __attribute__((vector_size(kRegisterBytes)));
 typedef uint16_t Bits16 __attribute__((vector_size(kRegisterBytes / 2)));
+typedef char Bytes __attribute__((vector_size(kRegisterBytes)));
 
 struct Half {
   uint16_t bits;
@@ -60,6 +64,7 @@ struct Type<float> {
   using Reg = FloatReg;
   using Stored = FloatReg;
   typedef float Four __attribute__((vector_size(16)));
+  typedef int32_t FourPlaces __attribute__((vector_size(16)));
   typedef float Eight __attribute__((vector_size(32)));
 };
 template <>
@@ -68,17 +73,40 @@ struct Type<double> {
   using Reg = DoubleReg;
   using Stored = DoubleReg;
   typedef double Four __attribute__((vector_size(32)));
+  typedef int64_t FourPlaces __attribute__((vector_size(32)));
   typedef double Eight __attribute__((vector_size(64)));
 };
 
+// One instruction each way. GCC (12 at least) makes ten of __builtin_convertvector, and
+// scatter_back with an update took twice as long for it in bfloat16.
+inline Bits32 zero_extend(Bits16 v) {
+#if defined(__AVX512F__)
+  return bit_cast<Bits32>(_mm512_maskz_cvtepu16_epi32(-1, bit_cast<__m256i>(v)));
+#elif defined(__AVX2__)
+  return bit_cast<Bits32>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
+#else
+  return __builtin_convertvector(v, Bits32);
+#endif
+}
+// The low halves; the high ones must be 0.
+inline Bits16 truncate(Bits32 v) {
+#if defined(__AVX512F__)
+  return bit_cast<Bits16>(_mm512_maskz_cvtepi32_epi16(-1, bit_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i halves = bit_cast<__m256i>(v);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x08);
+  return bit_cast<Bits16>(_mm256_castsi256_si128(packed));
+#else
+  return __builtin_convertvector(v, Bits16);
+#endif
+}
+
 inline FloatReg widen(FloatReg v, float) { return v; }
 inline DoubleReg widen(DoubleReg v, double) { return v; }
-inline FloatReg widen(Bits16 v, BFloat) {
-  return bit_cast<FloatReg>(__builtin_convertvector(v, Bits32) << 16);
-}
+inline FloatReg widen(Bits16 v, BFloat) { return bit_cast<FloatReg>(zero_extend(v) << 16); }
 // Subnormals go through a subtraction of normal numbers, so flush-to-zero modes do not touch them.
 inline FloatReg widen(Bits16 v, Half) {
-  const Bits32 bits = __builtin_convertvector(v, Bits32);
+  const Bits32 bits = zero_extend(v);
   const Bits32 magnitude = bits & 0x7fff;
   const Bits32 normal = (magnitude << 13) + (112u << 23);
   const Bits32 smallest = (magnitude << 13) + (113u << 23);
@@ -95,8 +123,8 @@ inline DoubleReg narrow(DoubleReg v, double) { return v; }
 inline Bits16 narrow(FloatReg v, BFloat) {
   const Bits32 bits = bit_cast<Bits32>(v);
   const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits32 result = (bits & 0x7fffffff) > 0x7f800000 ? Bits32{} + 0x7fc0 : rounded;
-  return __builtin_convertvector(result, Bits16);
+  const Bits32 result = v != v ? Bits32{} + 0x7fc0 : rounded;
+  return truncate(result);
 }
 inline Bits16 narrow(FloatReg v, Half) {
   const Bits32 bits = bit_cast<Bits32>(v);
@@ -107,7 +135,7 @@ inline Bits16 narrow(FloatReg v, Half) {
   Bits32 result = magnitude < 0x38800000 ? subnormal : normal;
   result = magnitude >= 0x47800000 ? Bits32{} + 0x7c00 : result;
   result = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : result;
-  return __builtin_convertvector(result | ((bits >> 16) & 0x8000), Bits16);
+  return truncate(result | ((bits >> 16) & 0x8000));
 }
 
 template <class A>
@@ -205,12 +233,18 @@ inline void store(T* p, const Vec<A>& v, int64_t count) {
 // For the innermost loops: GCC else leaves calls in them, with every vector passed through memory.
 #define SKIPVIT_FLATTEN __attribute__((flatten))
 
-// f(first, count) over n elements; count is the constant 16 except in the last call.
+// A count that the compiler knows to be 16: as a plain constant it may be merged with the others
+// and tested for every vector.
+struct AllLanes {
+  constexpr operator int64_t() const { return kLanes; }
+};
+
+// f(first, count) over n elements; count is AllLanes except in the last call.
 template <class F>
 inline __attribute__((always_inline)) void for_lanes(int64_t n, F f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    f(i, kLanes);
+    f(i, AllLanes{});
   }
   if (i < n) {
     f(i, n - i);
@@ -219,6 +253,14 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, F f) {
 
 template <class A>
 using Four = typename Type<A>::Four;
+
+// Four lanes of x and y. GCC 11 has only its own spelling, clang only the other.
+#if defined(__clang__)
+#define SKIPVIT_SHUFFLE(A, x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SKIPVIT_SHUFFLE(A, x, y, ...) \
+  __builtin_shuffle(x, y, typename Type<A>::FourPlaces{__VA_ARGS__})
+#endif
 
 // Halves are added pairwise, so the order does not depend on the register width.
 template <class A>
@@ -247,29 +289,34 @@ inline A sum_lanes(const Vec<A>& v) {
 template <class A>
 inline Four<A> sum_lanes(const Vec<A>& v0, const Vec<A>& v1, const Vec<A>& v2, const Vec<A>& v3) {
   const Four<A> a = fold<A>(v0), b = fold<A>(v1), c = fold<A>(v2), d = fold<A>(v3);
-  const Four<A> ab =
-      __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  const Four<A> cd =
-      __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
-  return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+  const Four<A> ab = SKIPVIT_SHUFFLE(A, a, b, 0, 1, 4, 5) + SKIPVIT_SHUFFLE(A, a, b, 2, 3, 6, 7);
+  const Four<A> cd = SKIPVIT_SHUFFLE(A, c, d, 0, 1, 4, 5) + SKIPVIT_SHUFFLE(A, c, d, 2, 3, 6, 7);
+  return SKIPVIT_SHUFFLE(A, ab, cd, 0, 2, 4, 6) + SKIPVIT_SHUFFLE(A, ab, cd, 1, 3, 5, 7);
 }
 
-// Four running sums: with one, each addition waits for the one before.
-template <class A, class T>
-SKIPVIT_FLATTEN inline A dot(const A* x, const T* y, int64_t n) {
+// x . y in four running sums: with one, each addition waits for the one before. each(i, vector of
+// x, count) sees x on the way.
+template <class A, class T, class F>
+SKIPVIT_FLATTEN inline A dot(const A* x, const T* y, int64_t n, F each) {
   Vec<A> s0{}, s1{}, s2{}, s3{};
-  const auto product = [&](int64_t i, int64_t count) {
-    return load<A>(x + i, count) * load<A>(y + i, count);
+  const auto product = [&](int64_t i, auto count) {
+    const Vec<A> v = load<A>(x + i, count);
+    each(i, v, count);
+    return v * load<A>(y + i, count);
   };
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    s0 += product(i, kLanes);
-    s1 += product(i + kLanes, kLanes);
-    s2 += product(i + 2 * kLanes, kLanes);
-    s3 += product(i + 3 * kLanes, kLanes);
+    s0 += product(i, AllLanes{});
+    s1 += product(i + kLanes, AllLanes{});
+    s2 += product(i + 2 * kLanes, AllLanes{});
+    s3 += product(i + 3 * kLanes, AllLanes{});
   }
-  for_lanes(n - i, [&](int64_t j, int64_t count) { s0 += product(i + j, count); });
+  for_lanes(n - i, [&](int64_t j, auto count) { s0 += product(i + j, count); });
   return sum_lanes<A>((s0 + s1) + (s2 + s3));
+}
+template <class A, class T>
+inline A dot(const A* x, const T* y, int64_t n) {
+  return dot(x, y, n, [](int64_t, const Vec<A>&, auto) {});
 }
 
 // e**v for v <= 0 within 2 units in the last place; NaN stays NaN, below -87.3 gives 0.
@@ -339,6 +386,21 @@ inline char* address(const View& v, int64_t i, int64_t j, int64_t k = 0) {
          (i * v.stride[0] + j * v.stride[1] + k * v.stride[2]) * v.element_size;
 }
 
+// The rows of a tensor (B, N, C) by address: a View seen through a reference is read again after
+// every store, which may have changed it for all the compiler knows.
+struct Rows {
+  char* data;
+  int64_t image_bytes, row_bytes;
+
+  explicit Rows(const View& v)
+      : data(static_cast<char*>(v.data)),
+        image_bytes(v.stride[0] * v.element_size),
+        row_bytes(v.stride[1] * v.element_size) {}
+  char* operator()(int64_t image, int64_t row) const {
+    return data + image * image_bytes + row * row_bytes;
+  }
+};
+
 template <class Bits>
 inline void copy_strided(void* out, const void* in, int64_t stride, int64_t n) {
   Bits* to = static_cast<Bits*>(out);
@@ -359,9 +421,35 @@ inline void prefetch_row(const char* row, int64_t bytes) {
   }
 }
 
-inline void copy_row(void* out, const void* in, int64_t stride, int64_t n, int64_t element_size) {
+// Copies a row in whole registers and fetches as many bytes from `next`, a row needed later.
+inline void copy_bytes(char* out, const char* in, int64_t n, const char* next) {
+  constexpr int64_t kStep = 256;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    Bytes block[kStep / kRegisterBytes];
+    std::memcpy(block, in + i, kStep);
+    for (int64_t j = 0; j < kStep; j += 64) {
+      __builtin_prefetch(next + i + j);
+    }
+    std::memcpy(out + i, block, kStep);
+  }
+  for (; i + 64 <= n; i += 64) {
+    Bytes block[64 / kRegisterBytes];
+    std::memcpy(block, in + i, 64);
+    __builtin_prefetch(next + i);
+    std::memcpy(out + i, block, 64);
+  }
+  if (i < n) {
+    __builtin_prefetch(next + i);
+    std::memcpy(out + i, in + i, n - i);
+  }
+}
+
+inline void copy_row(void* out, const void* in, int64_t stride, int64_t n, int64_t element_size,
+                     const void* next = nullptr) {
   if (stride == 1 || n <= 1) {
-    std::memcpy(out, in, n * element_size);
+    copy_bytes(static_cast<char*>(out), static_cast<const char*>(in), n * element_size,
+               static_cast<const char*>(next == nullptr ? in : next));
   } else if (element_size == 2) {
     copy_strided<uint16_t>(out, in, stride, n);
   } else if (element_size == 4) {
@@ -393,6 +481,13 @@ inline const T* contiguous(const T* row, int64_t stride, int64_t n, Scratch& scr
   T* copy = scratch.get<T>(n);
   copy_row(copy, row, stride, n, sizeof(T));
   return copy;
+}
+
+// A row as accumulators.
+template <class A, class T>
+SKIPVIT_FLATTEN inline void widen_row(A* out, const T* row, int64_t stride, int64_t n) {
+  const T* from = contiguous(row, stride, n, row_scratch);
+  for_lanes(n, [&](int64_t i, auto count) { store<A>(out + i, load<A>(from + i, count), count); });
 }
 
 // f(T{}) for the element type of x.
@@ -452,7 +547,7 @@ SKIPVIT_FLATTEN inline void dot_tokens(const A* query, const T* key, int64_t tok
     __builtin_prefetch(k3 + kTokensAhead * token_step + i);
   }
   Vec<A> s0{}, s1{}, s2{}, s3{};
-  for_lanes(width, [&](int64_t i, int64_t lanes) {
+  for_lanes(width, [&](int64_t i, auto lanes) {
     const Vec<A> q = load<A>(query + i, lanes);
     s0 += q * load<A>(k0 + i, lanes);
     s1 += q * load<A>(k1 + i, lanes);
@@ -474,10 +569,7 @@ void cls_logits_of(const View& q, const View& k, A scale, A* logits, int64_t beg
     if (b != image) {
       image = b;
       for (int64_t h = 0; h < heads; ++h) {
-        const T* row = contiguous(at<T>(q, b, h), q.stride[2], width, row_scratch);
-        for_lanes(width, [&](int64_t i, int64_t lanes) {
-          store<A>(queries + h * width + i, load<A>(row + i, lanes), lanes);
-        });
+        widen_row(queries + h * width, at<T>(q, b, h), q.stride[2], width);
       }
     }
     const int64_t first = item % blocks * kTokenBlock;
@@ -506,8 +598,8 @@ void cls_logits_of(const View& q, const View& k, A scale, A* logits, int64_t beg
 
 void cls_logits(const View& q, const View& k, double scale, void* logits, int64_t begin,
                 int64_t end) {
-  by_dtype_and_sum(k.dtype, false, [&](auto element, auto sum) {
-    using A = decltype(sum);
+  by_dtype(k.dtype, [&](auto element) {
+    using A = typename Type<decltype(element)>::Sum;
     cls_logits_of<decltype(element), A>(q, k, static_cast<A>(scale), static_cast<A*>(logits), begin,
                                         end);
   });
@@ -577,7 +669,7 @@ SKIPVIT_FLATTEN void head_mean_of(const View& scores, A* mean, int64_t begin, in
     A* out = mean + b * n;
     for (int64_t h = 0; h < heads; ++h) {
       const T* row = contiguous(at<T>(scores, b, h), scores.stride[2], n, row_scratch);
-      for_lanes(n, [&](int64_t i, int64_t count) {
+      for_lanes(n, [&](int64_t i, auto count) {
         const Vec<A> score = load<A>(row + i, count);
         store<A>(out + i, h == 0 ? score : load<A>(out + i, count) + score, count);
       });
@@ -590,8 +682,8 @@ SKIPVIT_FLATTEN void head_mean_of(const View& scores, A* mean, int64_t begin, in
 }
 
 void head_mean(const View& scores, void* mean, int64_t begin, int64_t end) {
-  by_dtype_and_sum(scores.dtype, false, [&](auto element, auto sum) {
-    using A = decltype(sum);
+  by_dtype(scores.dtype, [&](auto element) {
+    using A = typename Type<decltype(element)>::Sum;
     head_mean_of<decltype(element), A>(scores, static_cast<A*>(mean), begin, end);
   });
 }
@@ -731,62 +823,74 @@ IndexCheck invert_index(const View& index, int64_t num_tokens, int32_t* inverse,
 }
 
 void gather_rows(const View& x, const View& index, const View& out, int64_t begin, int64_t end) {
-  const int64_t rows = index.size[1], channels = x.size[2];
-  const bool contiguous_rows = x.stride[2] == 1;
-  RowWalk walk(begin, rows);
-  for (int64_t item = begin; item < end; ++item, walk.next()) {
-    const int64_t b = walk.image, r = walk.row;
-    const int64_t row = *at<int64_t>(index, b, r);
-    if (contiguous_rows && r + kRowsAhead < rows) {
-      prefetch_row(address(x, b, *at<int64_t>(index, b, r + kRowsAhead)),
-                   channels * x.element_size);
-    }
-    copy_row(address(out, b, r), address(x, b, row), x.stride[2], channels, x.element_size);
+  const int64_t rows = index.size[1], channels = x.size[2], stride = x.stride[2];
+  const int64_t element_size = x.element_size;
+  const Rows from(x), to(out), indices(index);
+  const auto source = [&](const RowWalk& at) {
+    int64_t row;
+    std::memcpy(&row, indices(at.image, at.row), sizeof(row));
+    return from(at.image, row);
+  };
+  RowWalk walk(begin, rows), ahead(begin + kRowsAhead, rows);
+  for (int64_t item = begin; item < end; ++item, walk.next(), ahead.next()) {
+    const char* row = source(walk);
+    copy_row(to(walk.image, walk.row), row, stride, channels, element_size,
+             item + kRowsAhead < end ? source(ahead) : row);
   }
 }
 
+// out = x + update, the update as accumulators.
 template <class T, class A>
-SKIPVIT_FLATTEN inline void add_row(T* out, const T* x, const T* update, int64_t n) {
-  for_lanes(n, [&](int64_t i, int64_t count) {
+SKIPVIT_FLATTEN inline void add_row(T* out, const T* x, const A* update, int64_t n) {
+  for_lanes(n, [&](int64_t i, auto count) {
     store<A>(out + i, load<A>(x + i, count) + load<A>(update + i, count), count);
   });
 }
 
-void scatter_rows(const View* x, const View& tokens, const View* update, const int32_t* inverse,
-                  const View& out, int64_t begin, int64_t end) {
+template <class T>
+void scatter_rows_of(const View* x, const View& tokens, const View* update, const int32_t* inverse,
+                     const View& out, int64_t begin, int64_t end) {
+  using A = typename Type<T>::Sum;
   const int64_t num_tokens = out.size[1], channels = out.size[2];
-  const int64_t element_size = out.element_size;
-  const bool contiguous_rows = tokens.stride[2] == 1 && (x == nullptr || x->stride[2] == 1);
-  RowWalk walk(begin, num_tokens);
-  for (int64_t item = begin; item < end; ++item, walk.next()) {
-    const int64_t b = walk.image, row = walk.row;
+  const int64_t stride = tokens.stride[2], x_stride = x == nullptr ? 1 : x->stride[2];
+  const Rows to(out), moved(tokens), skipped(x == nullptr ? out : *x);
+  const bool zeros = x == nullptr;
+  A* added = update == nullptr ? nullptr : accumulate_scratch.get<A>(channels);
+  int64_t image = -1;
+  const auto source = [&](const RowWalk& at, int32_t r) {
+    return r >= 0 ? moved(at.image, r) : skipped(at.image, at.row);
+  };
+  RowWalk walk(begin, num_tokens), ahead(begin + kRowsAhead, num_tokens);
+  for (int64_t item = begin; item < end; ++item, walk.next(), ahead.next()) {
     const int32_t r = inverse[item];
-    char* to = address(out, b, row);
-    if (contiguous_rows && row + kRowsAhead < num_tokens) {
-      const int32_t next = inverse[item + kRowsAhead];
-      if (next >= 0) {
-        prefetch_row(address(tokens, b, next), channels * element_size);
-      } else if (x != nullptr) {
-        prefetch_row(address(*x, b, row + kRowsAhead), channels * element_size);
-      }
-    }
+    char* row = to(walk.image, walk.row);
+    const char* from = source(walk, r);
+    const char* next = item + kRowsAhead < end ? source(ahead, inverse[item + kRowsAhead]) : from;
     if (r >= 0) {
-      copy_row(to, address(tokens, b, r), tokens.stride[2], channels, element_size);
-    } else if (x == nullptr) {
-      std::memset(to, 0, channels * element_size);
+      copy_row(row, from, stride, channels, sizeof(T), next);
+    } else if (zeros) {
+      prefetch_row(next, channels * sizeof(T));
+      std::memset(row, 0, channels * sizeof(T));
     } else if (update == nullptr) {
-      copy_row(to, address(*x, b, row), x->stride[2], channels, element_size);
+      copy_row(row, from, x_stride, channels, sizeof(T), next);
     } else {
-      by_dtype_and_sum(out.dtype, false, [&](auto element, auto sum) {
-        using T = decltype(element);
-        add_row<T, decltype(sum)>(
-            reinterpret_cast<T*>(to),
-            contiguous(at<T>(*x, b, row), x->stride[2], channels, row_scratch),
-            contiguous(at<T>(*update, b), update->stride[1], channels, other_row_scratch),
-            channels);
-      });
+      if (walk.image != image) {
+        image = walk.image;
+        widen_row(added, at<T>(*update, image), update->stride[1], channels);
+      }
+      prefetch_row(next, channels * sizeof(T));
+      const T* contiguous_row =
+          contiguous(reinterpret_cast<const T*>(from), x_stride, channels, row_scratch);
+      add_row(reinterpret_cast<T*>(row), contiguous_row, added, channels);
     }
   }
+}
+
+void scatter_rows(const View* x, const View& tokens, const View* update, const int32_t* inverse,
+                  const View& out, int64_t begin, int64_t end) {
+  by_dtype(out.dtype, [&](auto element) {
+    scatter_rows_of<decltype(element)>(x, tokens, update, inverse, out, begin, end);
+  });
 }
 
 // ------------------------------------------------------------------------------- column sums
@@ -811,7 +915,7 @@ SKIPVIT_FLATTEN inline void add_weighted_rows(A* sum, const T* const* rows, cons
   if (num_rows == 4) {
     const T *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
     const A w0 = weights[0], w1 = weights[1], w2 = weights[2], w3 = weights[3];
-    for_lanes(n, [&](int64_t i, int64_t count) {
+    for_lanes(n, [&](int64_t i, auto count) {
       Vec<A> v = load<A>(sum + i, count);
       v += w0 * load<A>(r0 + i, count);
       v += w1 * load<A>(r1 + i, count);
@@ -824,7 +928,7 @@ SKIPVIT_FLATTEN inline void add_weighted_rows(A* sum, const T* const* rows, cons
   for (int64_t r = 0; r < num_rows; ++r) {
     const T* row = rows[r];
     const A weight = weights[r];
-    for_lanes(n, [&](int64_t i, int64_t count) {
+    for_lanes(n, [&](int64_t i, auto count) {
       store<A>(sum + i, load<A>(sum + i, count) + weight * load<A>(row + i, count), count);
     });
   }
@@ -841,10 +945,11 @@ void sum_dropped_of(const View& x, const W* mean, const int64_t* index, int64_t 
     const int64_t* kept_end = index + (c.image + 1) * num_index;
     A* sum = accumulate_scratch.get<A>(c.count);
     std::memset(sum, 0, c.count * sizeof(A));
-    T* copies = x.stride[2] == 1 ? nullptr : row_scratch.get<T>(4 * c.count);
-    const T* rows[4];
-    A weights[4];
-    int64_t pending = 0;
+    T* copies = x.stride[2] == 1 ? nullptr : row_scratch.get<T>(8 * c.count);
+    // The first four are added when there are eight: the others are on their way to the cache.
+    const T* rows[8];
+    A weights[8];
+    int64_t pending = 0, dropped = 0;
     for (int64_t j = 0; j < num_patches; ++j) {
       if (kept != kept_end && *kept == num_prefix + j) {
         ++kept;
@@ -853,20 +958,25 @@ void sum_dropped_of(const View& x, const W* mean, const int64_t* index, int64_t 
       rows[pending] = at<T>(x, c.image, num_prefix + j, c.first);
       weights[pending] = static_cast<A>(mean[c.image * num_patches + j]);
       if (copies != nullptr) {
-        T* copy = copies + pending * c.count;
+        T* copy = copies + dropped++ % 8 * c.count;
         copy_row(copy, rows[pending], x.stride[2], c.count, sizeof(T));
         rows[pending] = copy;
+      } else {
+        prefetch_row(reinterpret_cast<const char*>(rows[pending]), c.count * sizeof(T));
       }
-      if (++pending == 4) {
-        add_weighted_rows(sum, rows, weights, pending, c.count);
-        pending = 0;
+      if (++pending == 8) {
+        add_weighted_rows(sum, rows, weights, 4, c.count);
+        std::memcpy(rows, rows + 4, 4 * sizeof(*rows));
+        std::memcpy(weights, weights + 4, 4 * sizeof(*weights));
+        pending = 4;
       }
     }
-    add_weighted_rows(sum, rows, weights, pending, c.count);
+    const int64_t full = pending / 4 * 4;
+    add_weighted_rows(sum, rows, weights, full, c.count);
+    add_weighted_rows(sum, rows + full, weights + full, pending - full, c.count);
     T* last = at<T>(out, c.image, out.size[1] - 1, c.first);
-    for_lanes(c.count, [&](int64_t i, int64_t count) {
-      store<A>(last + i, load<A>(sum + i, count), count);
-    });
+    for_lanes(c.count,
+              [&](int64_t i, auto count) { store<A>(last + i, load<A>(sum + i, count), count); });
   }
 }
 
@@ -887,13 +997,6 @@ void sum_dropped(const View& x, const void* mean, bool wide, const int64_t* inde
 }
 
 template <class T, class A>
-SKIPVIT_FLATTEN inline void scale_row(T* out, A weight, const A* row, int64_t n) {
-  for_lanes(n, [&](int64_t i, int64_t count) {
-    store<A>(out + i, weight * load<A>(row + i, count), count);
-  });
-}
-
-template <class T, class A>
 void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wide,
                       const int32_t* inverse, const View& grad_x, const View& grad_scores,
                       int64_t begin, int64_t end) {
@@ -907,11 +1010,7 @@ void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wi
     const int64_t b = walk.image, row = walk.row;
     if (b != image) {
       image = b;
-      const T* last =
-          contiguous(at<T>(grad, b, grad.size[1] - 1), grad.stride[2], channels, row_scratch);
-      for_lanes(channels, [&](int64_t i, int64_t count) {
-        store<A>(grad_fused + i, load<A>(last + i, count), count);
-      });
+      widen_row(grad_fused, at<T>(grad, b, grad.size[1] - 1), grad.stride[2], channels);
     }
     const int64_t patch = row - num_prefix;
     const int32_t r = inverse[item];
@@ -927,15 +1026,22 @@ void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wi
       const int64_t at_mean = b * num_patches + patch;
       const A weight = static_cast<A>(wide ? static_cast<const double*>(mean)[at_mean]
                                            : static_cast<const float*>(mean)[at_mean]);
-      scale_row(at<T>(grad_x, b, row), weight, grad_fused, channels);
+      T* to = at<T>(grad_x, b, row);
       const T* from = contiguous(at<T>(x, b, row), x.stride[2], channels, row_scratch);
-      grad_mean = dot(grad_fused, from, channels) / static_cast<A>(heads);
+      const auto scale = [to, weight](int64_t i, const Vec<A>& v, auto count) {
+        store<A>(to + i, weight * v, count);
+      };
+      grad_mean = dot(grad_fused, from, channels, scale) / static_cast<A>(heads);
     }
     if (patch >= 0) {
       by_dtype(grad_scores.dtype, [&](auto element) {
         using S = decltype(element);
         for (int64_t h = 0; h < heads; ++h) {
-          store<A>(at<S>(grad_scores, b, h, patch), broadcast(grad_mean), 1);
+          if constexpr (std::is_same_v<S, A>) {
+            *at<S>(grad_scores, b, h, patch) = grad_mean;
+          } else {
+            store<A>(at<S>(grad_scores, b, h, patch), broadcast(grad_mean), 1);
+          }
         }
       });
     }
@@ -951,11 +1057,12 @@ void fuse_backward(const View& grad, const View& x, const void* mean, bool wide,
   });
 }
 
-template <class T, class A>
+template <class T>
 SKIPVIT_FLATTEN void scatter_back_backward_of(const View& grad, const int32_t* inverse,
                                               const View& grad_x, const View& grad_tokens,
                                               const View* grad_update, int64_t blocks,
                                               int64_t begin, int64_t end) {
+  using A = typename Type<T>::Sum;
   const int64_t num_tokens = grad.size[1];
   for (int64_t item = begin; item < end; ++item) {
     const Columns c = columns_of(item, blocks, grad.size[2]);
@@ -970,18 +1077,21 @@ SKIPVIT_FLATTEN void scatter_back_backward_of(const View& grad, const int32_t* i
         std::memset(to, 0, c.count * sizeof(T));
         continue;
       }
-      copy_row(to, from, grad.stride[2], c.count, sizeof(T));
+      if (grad_update == nullptr || grad.stride[2] != 1) {
+        copy_row(to, from, grad.stride[2], c.count, sizeof(T));
+        from = to;
+      }
       if (grad_update != nullptr) {
-        for_lanes(c.count, [&](int64_t i, int64_t count) {
-          store<A>(sum + i, load<A>(sum + i, count) + load<A>(to + i, count), count);
+        for_lanes(c.count, [&](int64_t i, auto count) {
+          store<A>(sum + i, load<A>(sum + i, count) + load<A>(from + i, count), count);
+          std::memcpy(to + i, from + i, count * sizeof(T));
         });
       }
     }
     if (grad_update != nullptr) {
       T* out = at<T>(*grad_update, c.image, c.first);
-      for_lanes(c.count, [&](int64_t i, int64_t count) {
-        store<A>(out + i, load<A>(sum + i, count), count);
-      });
+      for_lanes(c.count,
+                [&](int64_t i, auto count) { store<A>(out + i, load<A>(sum + i, count), count); });
     }
   }
 }
@@ -989,9 +1099,9 @@ SKIPVIT_FLATTEN void scatter_back_backward_of(const View& grad, const int32_t* i
 void scatter_back_backward(const View& grad, const int32_t* inverse, const View& grad_x,
                            const View& grad_tokens, const View* grad_update, int64_t blocks,
                            int64_t begin, int64_t end) {
-  by_dtype_and_sum(grad.dtype, false, [&](auto element, auto sum) {
-    scatter_back_backward_of<decltype(element), decltype(sum)>(grad, inverse, grad_x, grad_tokens,
-                                                               grad_update, blocks, begin, end);
+  by_dtype(grad.dtype, [&](auto element) {
+    scatter_back_backward_of<decltype(element)>(grad, inverse, grad_x, grad_tokens, grad_update,
+                                                blocks, begin, end);
   });
 }
 
