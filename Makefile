@@ -4,18 +4,45 @@ VENV ?= .venv
 # What pip installs torch from; a CPU-only build is enough for everything but the GPU targets.
 TORCH ?= torch torchvision
 
+# REQUIRE_GPU= shows that test-gpu starts on a machine without a GPU: it skips, and says so.
+REQUIRE_GPU ?= triton
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-cpu test-interpreter test-gpu lint bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/skipvit demo
 
-test: lint
+test: lint test-cpu test-interpreter
+
+# The shared operator suite once more for each instruction set: a machine runs one of them only.
+test-cpu: $(INSTALLED)
 	SKIPVIT_REQUIRE=cpu $(BIN)/pytest
+	for isa in $$($(BIN)/python tests/other_isas.py); do \
+	  SKIPVIT_CPU_ISA=$$isa SKIPVIT_REQUIRE=cpu $(BIN)/pytest -q tests/test_operators.py -k cpu || exit; \
+	done
+
+# The Triton kernels in Triton's interpreter, without a GPU; about 1.5 ms a program, so float16,
+# which takes the paths of bfloat16, is left to a GPU. TRITON_INTERPRET must be set at import.
+test-interpreter: $(INSTALLED)
+	TRITON_INTERPRET=1 PYTHONPATH=tests SKIPVIT_REQUIRE=triton $(BIN)/pytest \
+	  tests/test_operators.py tests/test_triton_interpreter.py \
+	  -k "(triton and not same_bits_every and not torch.float16) or test_triton_interpreter"
+
+# On a machine with a GPU. cuBLAS needs the variable under the determinism that poisons outputs.
+test-gpu: $(INSTALLED)
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 SKIPVIT_REQUIRE=$(REQUIRE_GPU) $(BIN)/pytest \
+	  tests/test_operators.py tests/test_triton_gpu.py tests/test_triton_aot.py -k triton
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/pytest benchmarks/test_operators_gpu.py --benchmark-only \
+	  --summary-csv docs/results/triton_gpu.csv
+	$(BIN)/pytest benchmarks/test_operators_gpu.py benchmarks/test_models_gpu.py -s \
+	  -k "host_time or training_step or batch_1"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -34,7 +34,8 @@ def head_mean(scores: Tensor) -> Tensor:
     total = scores[:, 0]
     for head in range(1, scores.shape[1]):
         total = total + scores[:, head]
-    return total / scores.shape[1]
+    # By a tensor: CUDA divides by a Python number as it multiplies by the reciprocal.
+    return total / total.new_full((), scores.shape[1])
 
 
 def select(scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:

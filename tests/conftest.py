@@ -21,6 +21,22 @@ def seeded():
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out the dtypes that a backend does not have: there is nothing to run."""
+
+    def has_dtypes(item):
+        params = getattr(item, "callspec", None) and item.callspec.params
+        if not params or not isinstance(params.get("backend"), backend_matrix.Backend):
+            return True
+        wanted = {params.get("dtype"), params.get("scores_dtype")} - {None}
+        return wanted <= set(params["backend"].dtypes)
+
+    deselected = [item for item in items if not has_dtypes(item)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if has_dtypes(item)]
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say which kernels this run really launched."""
     if backend_matrix.launches:

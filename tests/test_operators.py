@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from backend_matrix import BACKENDS, ulp
+from backend_matrix import ALL_DTYPES, BACKENDS, ulp
 
 from skipvit_kernels import reference
 
@@ -34,10 +34,8 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
-def dtype(request, backend):
-    if request.param not in backend.dtypes:
-        pytest.skip(f"{backend.name} lacks {request.param}")
+@pytest.fixture(params=ALL_DTYPES, ids=str)
+def dtype(request):
     return request.param
 
 
@@ -104,8 +102,6 @@ def test_gather_topk(backend, dtype, size, heads):
 @pytest.mark.parametrize("heads", [None, 3, 12])
 def test_gather_topk_of_low_precision_scores_ties(backend, scores_dtype, heads):
     """196 scores in bfloat16 tie often: the lower position must win, on the float32 mean."""
-    if scores_dtype not in backend.dtypes:
-        pytest.skip(f"{backend.name} lacks {scores_dtype}")
     launch = backend.launcher("gather_topk")
     shape = (4, 196) if heads is None else (4, heads, 196)
     scores = torch.softmax(torch.randn(shape), -1).to(scores_dtype).to(backend.device)
@@ -138,8 +134,6 @@ ADVERSE = {
 @pytest.mark.parametrize("adverse", ADVERSE)
 @pytest.mark.parametrize("heads", [None, 2])
 def test_gather_topk_selects_by_contract_whatever_the_scores(backend, adverse, heads, scores_dtype):
-    if scores_dtype not in backend.dtypes:
-        pytest.skip(f"{backend.name} lacks {scores_dtype}")
     launch = backend.launcher("gather_topk")
     shape = (3, 50) if heads is None else (3, heads, 50)
     scores = ADVERSE[adverse](torch.rand(shape)).to(scores_dtype).to(backend.device)
@@ -454,8 +448,8 @@ def test_the_same_bits_every_run(backend):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_threads_do_not_change_a_bit(backend, batch):
     """More threads than images, fewer, and sizes that do not divide: over the grain of 64 KiB."""
-    if backend.device != "cpu":
-        pytest.skip(f"{backend.name} has no CPU threads")
+    if backend.name != "cpu":
+        pytest.skip(f"{backend.name} does not run on torch's CPU threads")
     x, scores, num_keep, prefix = make(backend, (batch, 196, 1, 384, 89), torch.float32, heads=3)
     q, k = cls_inputs(backend, torch.float32, batch, 6, 197, 64, "qkv")
     grad, update = torch.randn(x.shape), torch.randn(batch, 384)
