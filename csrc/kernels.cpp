@@ -421,8 +421,10 @@ inline void prefetch_row(const char* row, int64_t bytes) {
   }
 }
 
-// Copies a row in whole registers and fetches as many bytes from `next`, a row needed later.
-inline void copy_bytes(char* out, const char* in, int64_t n, const char* next) {
+// Copies a row in whole registers, not with a library call for each, and fetches as many bytes of
+// rows needed later: of `next` to read them, of `next_out`, where given, to write them.
+inline void copy_bytes(char* out, const char* in, int64_t n, const char* next,
+                       const char* next_out) {
   constexpr int64_t kStep = 256;
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
@@ -430,6 +432,9 @@ inline void copy_bytes(char* out, const char* in, int64_t n, const char* next) {
     std::memcpy(block, in + i, kStep);
     for (int64_t j = 0; j < kStep; j += 64) {
       __builtin_prefetch(next + i + j);
+      if (next_out != nullptr) {
+        __builtin_prefetch(next_out + i + j, 1);
+      }
     }
     std::memcpy(out + i, block, kStep);
   }
@@ -445,11 +450,10 @@ inline void copy_bytes(char* out, const char* in, int64_t n, const char* next) {
   }
 }
 
-inline void copy_row(void* out, const void* in, int64_t stride, int64_t n, int64_t element_size,
-                     const void* next = nullptr) {
+inline void copy_row(char* out, const char* in, int64_t stride, int64_t n, int64_t element_size,
+                     const char* next, const char* next_out = nullptr) {
   if (stride == 1 || n <= 1) {
-    copy_bytes(static_cast<char*>(out), static_cast<const char*>(in), n * element_size,
-               static_cast<const char*>(next == nullptr ? in : next));
+    copy_bytes(out, in, n * element_size, next, next_out);
   } else if (element_size == 2) {
     copy_strided<uint16_t>(out, in, stride, n);
   } else if (element_size == 4) {
@@ -457,6 +461,12 @@ inline void copy_row(void* out, const void* in, int64_t stride, int64_t n, int64
   } else {
     copy_strided<uint64_t>(out, in, stride, n);
   }
+}
+
+inline void copy_row(void* out, const void* in, int64_t stride, int64_t n, int64_t element_size) {
+  char* to = static_cast<char*>(out);
+  const char* from = static_cast<const char*>(in);
+  copy_row(to, from, stride, n, element_size, from);
 }
 
 // item -> (item / rows, item % rows) without a division a row: 10 ns where a row is copied in 30.
@@ -834,8 +844,11 @@ void gather_rows(const View& x, const View& index, const View& out, int64_t begi
   RowWalk walk(begin, rows), ahead(begin + kRowsAhead, rows);
   for (int64_t item = begin; item < end; ++item, walk.next(), ahead.next()) {
     const char* row = source(walk);
-    copy_row(to(walk.image, walk.row), row, stride, channels, element_size,
-             item + kRowsAhead < end ? source(ahead) : row);
+    // Fetching the output too takes 48 instead of 52 us for B 64, N 197, C 192 in bfloat16; the
+    // scatters lose by it.
+    char* out_row = to(walk.image, walk.row);
+    copy_row(out_row, row, stride, channels, element_size,
+             item + kRowsAhead < end ? source(ahead) : row, out_row + 2 * to.row_bytes);
   }
 }
 
