@@ -136,6 +136,19 @@ def test_what_the_chip_cannot_do_is_refused_before_a_launch():
         sk.gather_topk(torch.randn(1, 5001, 8).to("npu:0"), torch.rand(1, 5000).to("npu:0"), 3)
 
 
+def matmul_backward(grad, left, right, mask):
+    return grad @ right.mT, left.mT @ grad  # of equal batch dimensions
+
+
+def linear_backward(x, grad, weight, mask):
+    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    return grad @ weight, grads.mT @ rows, grads.sum(0)
+
+
+# Operators that torch defines for foreign devices alone.
+BACKWARDS = {"aten::matmul_backward": matmul_backward, "aten::linear_backward": linear_backward}
+
+
 class OthersOnCpu(TorchDispatchMode):
     """Every operator but ours and the views is computed on the CPU and its result moved back."""
 
@@ -162,7 +175,7 @@ class OthersOnCpu(TorchDispatchMode):
         cpu_args, cpu_kwargs = tree_map_only(torch.Tensor, down, (args, kwargs))
         if "device" in cpu_kwargs:
             cpu_kwargs = {**cpu_kwargs, "device": "cpu"}
-        out = func(*cpu_args, **cpu_kwargs)
+        out = BACKWARDS.get(func._schema.name, func)(*cpu_args, **cpu_kwargs)
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value.copy_(copies[id(value)])
