@@ -96,7 +96,7 @@ class FuseBackward {
     Sync<HardEvent::V_S>(*pipe_);
   }
 
-  __aicore__ inline bool IsDropped(uint32_t row) const {
+  __aicore__ inline bool IsDropped(uint32_t row) {
     return row >= prefix_ && table_.Get<int32_t>().GetValue(row) < 0;
   }
 

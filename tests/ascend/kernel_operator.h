@@ -464,7 +464,7 @@ template <TPosition position>
 class TBuf {
  public:
   template <typename T>
-  LocalTensor<T> Get() const {
+  LocalTensor<T> Get() {
     if (bytes_ == 0) {
       fail("a buffer is used before InitBuffer");
     }
