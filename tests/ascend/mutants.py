@@ -57,12 +57,15 @@ MUTANTS = read_mutants((ROOT / "tests" / "ascend" / "mutants.txt").read_text())
 
 def mutated(mutant: Mutant, root: Path = ROOT) -> str:
     """The file with the fault."""
-    text = (root / "ascend_ops" / mutant.file).read_text()
+    text = "\n" + (root / "ascend_ops" / mutant.file).read_text()
+    places = []
     for old, new in mutant.edits:
-        if ("\n" + text).count("\n" + old) != 1:
+        if text.count("\n" + old) != 1:
             raise ValueError(f"{mutant.name}: not once in {mutant.file}: {old!r}")
-        text = text.replace(old, new)
-    return text
+        places.append((text.index("\n" + old) + 1, old, new))
+    for start, old, new in sorted(places, reverse=True):  # from the end: no edit moves another
+        text = text[:start] + new + text[start + len(old) :]
+    return text[1:]
 
 
 def copy_sources(root: Path, folder: Path) -> None:
