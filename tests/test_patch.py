@@ -339,6 +339,27 @@ def test_data_parallel_replicas_use_their_own_blocks(images):
     assert torch.equal(blocks(tokens), tokens)  # zeroed blocks add nothing: not the originals
 
 
+def test_distributed_data_parallel(images, tmp_path):
+    """One process: buckets, hooks and reduction run as with many."""
+    model = sk.patch(vit(), "4,7(30%,30%)+10", warmup_epochs=1)
+    expected = copy.deepcopy(model)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for epoch in (0, 1):
+            sk.set_epoch(wrapped, epoch)
+            sk.set_epoch(expected, epoch)
+            for module in (wrapped, expected):
+                module.zero_grad()
+                module(images).square().sum().backward()
+            for got, want in zip(model.parameters(), expected.parameters(), strict=True):
+                assert torch.equal(got.grad, want.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_compile_is_one_graph_forward_and_backward(images):
     model = sk.patch(vit(), "4,7(30%,30%)+10:mean").train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
