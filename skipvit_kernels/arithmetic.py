@@ -23,6 +23,7 @@ class ViTShape:
         attention_weights: weights of a block's attention projections; default 4 C^2.
         mlp_weights: weights of a block's MLP; default 8 C^2.
         other_macs: MACs per image outside the blocks (patch embedding, head); default 0.
+        num_head_tokens: tokens that the head reads: CLS, and a distilled DeiT's second; default 1.
     """
 
     depth: int
@@ -33,6 +34,7 @@ class ViTShape:
     attention_weights: int | None = None
     mlp_weights: int | None = None
     other_macs: int = 0
+    num_head_tokens: int = 1
 
     @classmethod
     def of(cls, model: Any) -> ViTShape:
@@ -48,6 +50,7 @@ class ViTShape:
             attention_weights=_weights(block.attn),
             mlp_weights=_weights(block.mlp),
             other_macs=patches * _weights(model.patch_embed) + _weights(model.head),
+            num_head_tokens=1 + hasattr(model, "head_dist"),
         )
 
 
@@ -69,10 +72,19 @@ def macs(model_or_shape: nn.Module | ViTShape, config: SkipConfig | str = "") ->
     attention_dim = shape.attention_dim or shape.embed_dim
     attention_weights = shape.attention_weights or 4 * shape.embed_dim**2
     mlp_weights = shape.mlp_weights or 8 * shape.embed_dim**2
-    counts = config.token_counts(shape.depth, shape.num_patches, shape.num_prefix_tokens)
+    kv_weights = 2 * shape.embed_dim * attention_dim
+    counts = config.token_counts(
+        shape.depth, shape.num_patches, shape.num_prefix_tokens, shape.num_head_tokens
+    )
+    queries = [attention for attention, _ in counts]
+    if config.cls_only_last_block:
+        queries[-1] = shape.num_head_tokens
     blocks = sum(
-        attention * attention_weights + 2 * attention**2 * attention_dim + mlp * mlp_weights
-        for attention, mlp in counts
+        attention * kv_weights
+        + query * (attention_weights - kv_weights)
+        + 2 * query * attention * attention_dim
+        + mlp * mlp_weights
+        for (attention, mlp), query in zip(counts, queries, strict=True)
     )
     return blocks + shape.other_macs
 

@@ -41,6 +41,9 @@ class SkipConfig:
         rejoin_update: "none": tokens return as they left (the paper); "mean": each is moved by the
             mean movement of its image's kept patches over the skipped blocks.
         warmup_epochs: epochs without dropping (the paper used 15); see `set_epoch`.
+        cls_only_last_block: compute of the last block only what a head that reads CLS needs: keys
+            and values of all tokens, but one query, one projection row, one MLP row. Lossless, so
+            also on during the warm-up, and useful without any drop.
 
     Raises:
         ValueError: on values outside these ranges, lists of unequal length, a rejoin before a drop.
@@ -52,6 +55,7 @@ class SkipConfig:
     method: str = "skip"
     rejoin_update: str = "none"
     warmup_epochs: int = 0
+    cls_only_last_block: bool = False
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class SkipConfig:
         method: str = "skip",
         rejoin_update: str = "none",
         warmup_epochs: int = 0,
+        cls_only_last_block: bool = False,
     ) -> None:
         layers = (drop_at,) if isinstance(drop_at, int) else tuple(drop_at)
         ratios = (drop_ratio,) if isinstance(drop_ratio, Ratio) else tuple(drop_ratio)
@@ -71,6 +76,7 @@ class SkipConfig:
             method=method,
             rejoin_update=rejoin_update,
             warmup_epochs=warmup_epochs,
+            cls_only_last_block=cls_only_last_block,
         )
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -93,6 +99,10 @@ class SkipConfig:
             raise ValueError(f'rejoin_update must be "none" or "mean", got {self.rejoin_update!r}')
         if not isinstance(self.warmup_epochs, int) or self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be an integer >= 0, got {self.warmup_epochs!r}")
+        if not isinstance(self.cls_only_last_block, bool):
+            raise ValueError(
+                f"cls_only_last_block must be True or False, got {self.cls_only_last_block!r}"
+            )
         if self.rejoin_at is None:
             if self.rejoin_update != "none":
                 raise ValueError('rejoin_update="mean" needs a rejoin_at, got None')
@@ -117,6 +127,11 @@ class SkipConfig:
         ):
             if layer > depth:
                 raise ValueError(f"{name} must be at most {depth}, the model's depth, got {layer}")
+        if self.cls_only_last_block and depth in self.drop_at:
+            raise ValueError(
+                f"drop_at must be below {depth}, the last layer, with cls_only_last_block: "
+                f"only the CLS row leaves it; got {self.drop_at}"
+            )
 
     @classmethod
     def parse(cls, text: str, *, warmup_epochs: int | None = None) -> SkipConfig:
@@ -125,7 +140,8 @@ class SkipConfig:
         "6(55%)+11" drops 55 % of the patches in layer 6 and rejoins them before layer 11;
         "4,7(30%,30%)+10" drops 30 % of what is there in layer 4 and again in layer 7;
         "6(45%)+fused" is EViT's fused token; "6(55%)" drops for good; "" drops nothing. Options
-        follow a colon: "6(55%)+11:mean" for the mean update, ":warmup=15", ":mean,warmup=15".
+        follow a colon: "6(55%)+11:mean" for the mean update, ":cls" for the CLS-only last block,
+        ":warmup=15", ":mean,cls,warmup=15".
         A ratio that no decimal holds is a fraction, "6(1/3)+11".
 
         Raises:
@@ -133,7 +149,7 @@ class SkipConfig:
         """
         layers: tuple[int, ...] = ()
         ratios: tuple[Fraction, ...] = ()
-        rejoin, update, warmup = None, "none", 0
+        rejoin, update, warmup, cls_only = None, "none", 0, False
         core, colon, options = text.partition(":")
         if core:
             match = _NOTATION.fullmatch(core.replace(" ", ""))
@@ -145,11 +161,13 @@ class SkipConfig:
         for option in options.replace(" ", "").split(",") if colon else ():
             if option == "mean":
                 update = "mean"
+            elif option == "cls":
+                cls_only = True
             elif re.fullmatch(r"warmup=\d+", option):
                 warmup = int(option.removeprefix("warmup="))
             else:
                 raise ValueError(
-                    f'options must be "mean" or "warmup=15", got {option!r} in {text!r}'
+                    f'options must be "mean", "cls" or "warmup=15", got {option!r} in {text!r}'
                 )
         return cls(
             layers,
@@ -158,6 +176,7 @@ class SkipConfig:
             method="fuse" if rejoin == "fused" else "skip",
             rejoin_update=update,
             warmup_epochs=warmup if warmup_epochs is None else warmup_epochs,
+            cls_only_last_block=cls_only,
         )
 
     def __str__(self) -> str:
@@ -170,13 +189,17 @@ class SkipConfig:
         elif self.rejoin_at is not None:
             text += f"+{self.rejoin_at}"
         options = ["mean"] if self.rejoin_update == "mean" else []
+        options += ["cls"] if self.cls_only_last_block else []
         options += [f"warmup={self.warmup_epochs}"] if self.warmup_epochs else []
         return f"{text}:{','.join(options)}" if options else text
 
     def token_counts(
-        self, depth: int, num_patches: int, num_prefix_tokens: int = 1
+        self, depth: int, num_patches: int, num_prefix_tokens: int = 1, num_head_tokens: int = 1
     ) -> list[BlockTokens]:
         """Tokens per block, prefix tokens included: seen by its attention, and by its MLP.
+
+        With `cls_only_last_block` the last block's MLP, and the queries and the projection of its
+        attention, work on the `num_head_tokens` that the head reads (2 in a distilled DeiT).
 
         Raises:
             ValueError: where a layer lies beyond `depth`.
@@ -193,6 +216,8 @@ class SkipConfig:
                 kept = num_kept(patches, ratio_at[layer])
                 patches = kept + (self.method == "fuse" and kept < patches)
             counts.append(BlockTokens(num_prefix_tokens + attention, num_prefix_tokens + patches))
+        if self.cls_only_last_block:
+            counts[-1] = counts[-1]._replace(mlp=num_head_tokens)
         return counts
 
 

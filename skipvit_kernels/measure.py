@@ -25,13 +25,17 @@ from torch.profiler import ProfilerActivity
 
 from skipvit_kernels.config import SkipConfig, num_kept
 from skipvit_kernels.patch import SkipSequential, is_patched, patch, unpatch
+from skipvit_kernels.skip_block import cls_run
 
 
 class SlicedSequential(SkipSequential):
     """A patched model's blocks at the same token counts, with the selection for free."""
 
     def forward(self, x: Tensor) -> Tensor:
-        for stage in self._stages(functools.partial(functools.partial, sliced_run)):
+        for stage in self._stages(
+            functools.partial(functools.partial, sliced_run),
+            functools.partial(functools.partial, cls_run),
+        ):
             x = stage(x)
         return x
 
@@ -45,7 +49,7 @@ def sliced(model: nn.Module, config: SkipConfig | str) -> nn.Module:
 
     Stock attention, no scores; after the attention of a drop block the first P + K tokens go on
     (one more with method "fuse") and the others are put back behind them. It does all the work
-    that a model at these token counts must do and none of the routing; its outputs mean nothing.
+    that a model at these token counts must do and none of the routing; its outputs mean nothing. A CLS-only last block is the same.
 
     Args:
         model: a timm VisionTransformer, patched or not; left as it is.

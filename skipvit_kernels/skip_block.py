@@ -124,6 +124,41 @@ def skip_run(
     return scatter_back(x, tokens, index, update=update)
 
 
+class ClsBlock(nn.Module):
+    """A transformer block of which only the first rows are wanted: (B, N, C) in, (B, rows, C) out.
+
+    Keys and values of all tokens, but queries, projection and MLP of those rows alone. They are the
+    block's own up to rounding, as is every gradient (dropout inside the block draws other numbers).
+
+    Args:
+        block: a timm ViT `Block`, whose own parts are called.
+        num_rows: leading tokens to compute, at least 1: CLS, and what else the head reads.
+
+    Raises:
+        ValueError: on a block that is not known.
+    """
+
+    def __init__(self, block: nn.Module, num_rows: int = 1) -> None:
+        super().__init__()
+        check_cls_block(block)
+        if num_rows < 1:
+            raise ValueError(f"num_rows must be at least 1, got {num_rows}")
+        self.block, self.num_rows = block, num_rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cls_run(x, self.block, self.num_rows)
+
+    def extra_repr(self) -> str:
+        return f"num_rows={self.num_rows}"
+
+
+def cls_run(x: Tensor, block: Any, num_rows: int) -> Tensor:
+    """ClsBlock as a function of x and `block`."""
+    branch, _, _ = _attention(block.attn, block.norm1(x), num_queries=num_rows)
+    x = x[:, :num_rows] + block.drop_path1(block.ls1(branch))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
 class _TrainedScores(torch.autograd.Function):
     """cls_scores with a gradient: EViT trains q and k through the weights of the fused token.
 
@@ -156,16 +191,32 @@ def _patch_mean(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     return tokens[:, num_prefix_tokens:].mean(dim=1, dtype=dtype)
 
 
-def _attention(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _attention(
+    attn: Any, x: Tensor, num_queries: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """timm's Attention.forward on its own parts; beside its output the CLS query and the keys.
+
+    With `num_queries` it is the output of that many leading tokens alone.
 
     SDPA stays: the CLS row costs N * C multiply-accumulates beside it, where keeping the whole map
     costs the fused attention (11.1 against 5.6 + 0.5 ms for ViT-S, batch 8, on a CPU).
     """
     batch, num_tokens, _ = x.shape
-    gate = attn.gate(x).sigmoid() if getattr(attn, "gate", None) is not None else None
-    qkv = attn.qkv(x).reshape(batch, num_tokens, 3, attn.num_heads, attn.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    rows = x[:, :num_queries]
+    gate = attn.gate(rows).sigmoid() if getattr(attn, "gate", None) is not None else None
+    heads = (attn.num_heads, attn.head_dim)
+    if num_queries is None:
+        qkv = attn.qkv(x).reshape(batch, num_tokens, 3, *heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        # By a split: two slices of the weight would each have a gradient of the whole to add.
+        widths = [len(attn.qkv.weight) // 3, len(attn.qkv.weight) // 3 * 2]
+        q_weight, kv_weight = attn.qkv.weight.split(widths)
+        bias = attn.qkv.bias
+        q_bias, kv_bias = (None, None) if bias is None else bias.split(widths)
+        q = F.linear(rows, q_weight, q_bias).reshape(batch, num_queries, *heads).transpose(1, 2)
+        kv = F.linear(x, kv_weight, kv_bias).reshape(batch, num_tokens, 2, *heads)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if attn.fused_attn:
         dropout = attn.attn_drop.p if attn.training else 0.0
@@ -184,11 +235,24 @@ def check_blocks(blocks: Iterable[Any]) -> None:
     if not blocks:
         raise ValueError("blocks must hold at least one block, got none")
     for position, block in enumerate(blocks):
-        if isinstance(block, SkipBlock) and position > 0:
+        if isinstance(block, SkipBlock | ClsBlock) and position > 0:
             continue
         _check_parts(f"block {position} of the run", block, _BLOCK, _BLOCK_PARTS)
         _check_parts(
             f"attention of block {position} of the run", block.attn, _ATTENTION, _ATTENTION_PARTS
+        )
+
+
+def check_cls_block(block: Any) -> None:
+    """Raise ValueError, by name, where a block's first rows cannot be computed alone."""
+    check_blocks([block])
+    qkv = block.attn.qkv
+    name = f"{type(qkv).__module__}.{type(qkv).__qualname__}"
+    if type(qkv) is not nn.Linear or qkv._forward_pre_hooks or qkv._forward_hooks:
+        raise ValueError(
+            "cls_only_last_block reads the query's part of attn.qkv.weight, without a call: "
+            f"attn.qkv must be a torch.nn.Linear without hooks, got {name} with "
+            f"{len(qkv._forward_pre_hooks) + len(qkv._forward_hooks)}"
         )
 
 

@@ -65,6 +65,19 @@ def test_macs_of_other_models(model, depth, width):
     assert sk.macs(timm.create_model(model)) == depth * block + outside
 
 
+def test_a_cls_only_last_block(vit_small):
+    """Of a block, by hand: 2 C^2 per key, 2 C^2 for one query and its projection, one MLP row."""
+    last = 197 * 2 * 384**2 + 2 * 384**2 + 2 * 197 * 384 + 8 * 384**2
+    whole = 197 * 12 * 384**2 + 2 * 197**2 * 384
+    assert sk.macs(vit_small) - sk.macs(vit_small, ":cls") == whole - last
+    counts = sk.SkipConfig.parse("6(55%)+11:cls").token_counts(12, 196)
+    assert (
+        counts[-1] == (197, 1)
+        and counts[:-1] == (sk.SkipConfig.parse("6(55%)+11").token_counts(12, 196)[:-1])
+    )
+    assert sk.SkipConfig.parse("6(45%)+fused:cls").token_counts(12, 196)[-1] == (110, 1)
+
+
 def test_counts_are_exact_where_floats_are_not():
     assert math.ceil((1 - 0.45) * 100) == 56  # the trap
     assert num_kept(100, Fraction("0.45")) == 55
@@ -94,6 +107,7 @@ def configs(draw):
         method=method,
         rejoin_update=draw(st.sampled_from(["none", "mean"])) if rejoin else "none",
         warmup_epochs=draw(st.integers(0, 300)),
+        cls_only_last_block=draw(st.booleans()),
     )
 
 
@@ -113,6 +127,8 @@ def test_parse_and_str_are_inverse(config):
         "6(1/3)+11",
         "6(55%)+11:warmup=15",
         "6(55%)+11:mean,warmup=15",
+        ":cls",
+        "6(55%)+11:mean,cls,warmup=15",
     ],
 )
 def test_the_notation_comes_back_as_written(text):
@@ -146,9 +162,9 @@ BAD_NOTATIONS = {
     "6(30%,30%)+10": "drop_at and drop_ratio must have the same length, got 1 layers and 2 ratios",
     "0(55%)+11": "layers must be integers counted from 1, got 0",
     "6(55%):mean": 'rejoin_update="mean" needs a rejoin_at, got None',
-    "6(55%)+11:median": 'options must be "mean" or "warmup=15", got \'median\' in '
+    "6(55%)+11:median": 'options must be "mean", "cls" or "warmup=15", got \'median\' in '
     "'6(55%)+11:median'",
-    "6(55%)+11:": 'options must be "mean" or "warmup=15", got \'\'',
+    "6(55%)+11:": 'options must be "mean", "cls" or "warmup=15", got \'\'',
     "six(55%)": 'config must read like "6(55%)+11"',
     "6 55%": "config must read like",
 }
@@ -176,6 +192,8 @@ def test_bad_fields_raise_by_name():
         sk.SkipConfig(rejoin_at=11)
     with pytest.raises(ValueError, match="warmup_epochs must be an integer >= 0, got -1"):
         sk.SkipConfig(6, 0.5, 11, warmup_epochs=-1)
+    with pytest.raises(ValueError, match="cls_only_last_block must be True or False, got 2"):
+        sk.SkipConfig(cls_only_last_block=2)
 
 
 @pytest.mark.parametrize(
