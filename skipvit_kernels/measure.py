@@ -49,7 +49,8 @@ def sliced(model: nn.Module, config: SkipConfig | str) -> nn.Module:
 
     Stock attention, no scores; after the attention of a drop block the first P + K tokens go on
     (one more with method "fuse") and the others are put back behind them. It does all the work
-    that a model at these token counts must do and none of the routing; its outputs mean nothing. A CLS-only last block is the same.
+    that a model at these token counts must do and none of the routing; its outputs mean nothing. A CLS-only
+    last block is the same in both.
 
     Args:
         model: a timm VisionTransformer, patched or not; left as it is.

@@ -41,17 +41,17 @@ class SkipSequential(nn.Sequential):
     recorder: list[SkipRecord] | None
 
     def forward(self, x: Tensor) -> Tensor:
-        record = self.dropping and self.recorder is not None
+        recorder = self.recorder if self.dropping else None
         indices: list[Tensor] = []
-        options = dict(record=indices.append) if record else {}
+        record = None if recorder is None else indices.append
         num_tokens = x.shape[1]
         for stage in self._stages(
-            functools.partial(functools.partial, skip_run, **options),
+            functools.partial(functools.partial, skip_run, record=record),
             functools.partial(functools.partial, cls_run),
         ):
             x = stage(x)
-        if record:
-            self.recorder.append(SkipRecord.compose(self.config, indices, num_tokens))
+        if recorder is not None:
+            recorder.append(SkipRecord.compose(self.config, indices, num_tokens))
         return x
 
     def _stages(
@@ -59,7 +59,7 @@ class SkipSequential(nn.Sequential):
         make_run: Callable[..., Callable[[Tensor], Tensor]],
         make_last: Callable[..., Callable[[Tensor], Tensor]],
     ) -> list[Any]:
-        """The blocks, with each run from a drop to the rejoin folded into one `make_run(blocks=...)`.
+        """The blocks, each run from a drop to the rejoin folded into one `make_run(blocks=...)`.
 
         A later drop's run lies inside an earlier one's, so the last is folded first. A CLS-only
         last block is `make_last(block=...)`, inside a run that never rejoins.

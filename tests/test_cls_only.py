@@ -79,7 +79,7 @@ def test_each_part_of_the_last_block_sees_what_the_config_counts(images):
         sk.patch(model, "6(55%)+11:cls")
         for part in ("norm1", "attn.proj", "mlp"):
             model.blocks[-1].get_submodule(part).register_forward_pre_hook(
-                lambda m, args, part=part: seen.__setitem__(part, args[0].shape[1])
+                lambda m, args, part=part, seen=seen: seen.update({part: args[0].shape[1]})
             )
         model(images)
         everything = 36 + model.num_prefix_tokens
