@@ -9,7 +9,8 @@ torch alone; `patch` and what goes with it need timm.
 """
 
 from skipvit_kernels import backends as _backends  # noqa: F401  (registers the kernels)
-from skipvit_kernels.arithmetic import ViTShape, ideal_speedup, macs
+from skipvit_kernels.advise import Advice, advise
+from skipvit_kernels.arithmetic import ViTShape, activations, ideal_speedup, macs
 from skipvit_kernels.config import SkipConfig
 from skipvit_kernels.ops import (
     cls_scores,
@@ -31,11 +32,14 @@ from skipvit_kernels.patch import (
 from skipvit_kernels.skip_block import SkipBlock
 
 __all__ = [
+    "Advice",
     "SkipBlock",
     "SkipConfig",
     "SkipRecord",
     "VerifyReport",
     "ViTShape",
+    "activations",
+    "advise",
     "cls_scores",
     "gather_rows",
     "gather_topk",

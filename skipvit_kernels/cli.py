@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from skipvit_kernels import __version__
 
-DEMO_EXTRA = {"timm", "sklearn", "matplotlib", "rich"}
+EXTRAS = {
+    "demo": {"timm", "sklearn", "matplotlib", "rich"},
+    "bench": {"timm", "matplotlib", "rich"},
+    "advise": {"timm", "rich"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,9 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 where a package that the subcommand needs is missing; 2 on values that
         make no sense (SystemExit on what argparse refuses itself); 130 after Ctrl-C.
     """
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
+    command = args.run.__name__.removeprefix("_")
     try:
         return args.run(args)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in EXTRAS.get(command, set()):
+            raise
+        print(
+            f"skipvit {command} needs {error.name}, which is not installed: "
+            f'pip install "skipvit_kernels[{command}]"',
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("skipvit: interrupted", file=sys.stderr)
         return 130
@@ -63,6 +80,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
+    bench = commands.add_parser(
+        "bench",
+        help="measure what skipping buys for a timm model on this machine",
+        description="Time a timm model unpatched, with each configuration, and with the selection "
+        "for free (the floor), in turn; print speed-up, ideal speed-up, routing overhead and peak "
+        "memory. Ctrl-C keeps what was measured.",
+    )
+    bench.add_argument("model", nargs="?", default="vit_small_patch16_224",
+                       help="a timm model's name (default %(default)s)")  # fmt: skip
+    bench.add_argument("--config", action="append", metavar="CONFIG", dest="configs",
+                       help='e.g. "6(55%%)+11"; may be given several times (default: four usual '
+                       "ones, at the same fractions of the model's depth)")  # fmt: skip
+    bench.add_argument("--table-1", action="store_true", help="the eight rows of SkipViT's Table 1")
+    bench.add_argument("--mode", choices=("forward", "training", "both"), default="both",
+                       help="what to time (default %(default)s)")  # fmt: skip
+    bench.add_argument("--report", type=Path, metavar="DIR",
+                       help="write one page with tables, charts, hardware and versions, and the "
+                       "data as CSV and JSON")  # fmt: skip
+    bench.add_argument("--rounds", type=int, default=10, help="of calls (default %(default)s)")
+    bench.add_argument("--compile", action="store_true", dest="compiled",
+                       help="torch.compile every variant")  # fmt: skip
+    _add_workload(bench)
+    bench.set_defaults(run=_bench)
+
+    advise = commands.add_parser(
+        "advise",
+        help="find out in a minute which settings pay on this machine, and what limits the others",
+        description="Measure a handful of settings on the device for at most a minute; print which "
+        "pay, by how much, what limits the others, and recommend none where none pays.",
+    )
+    advise.add_argument("model", help="a timm model's name")
+    advise.add_argument("--inference", action="store_true", help="rather than training")
+    advise.add_argument("--seconds", type=float, default=60, help="at most (default %(default)s)")
+    _add_workload(advise)
+    advise.set_defaults(run=_advise)
+
     info = commands.add_parser(
         "info", help="show which kernel runs for every operator on every device, and why"
     )
@@ -70,18 +123,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=8, help="images (default %(default)s)")
+    parser.add_argument("--image-size", type=int, help="in pixels (default: the model's own)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    parser.add_argument("--bfloat16", action="store_true", help="under bfloat16 autocast")
+    parser.add_argument("--threads", type=_positive, help="of the CPU (default: torch's choice)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def _demo(args: argparse.Namespace) -> int:
-    try:
-        from skipvit_kernels import demo
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in DEMO_EXTRA:
-            raise
-        print(
-            f"skipvit demo needs {error.name}, which is not installed: "
-            'pip install "skipvit_kernels[demo]"',
-            file=sys.stderr,
-        )
-        return 1
+    from skipvit_kernels import demo
+
     try:
         options = demo.Options(args.epochs, args.out, args.threads, args.seed)
     except ValueError as error:
@@ -89,6 +148,71 @@ def _demo(args: argparse.Namespace) -> int:
         return 2
     demo.run(options)
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from skipvit_kernels import bench, report
+
+    _set_threads(args.threads)
+    modes = {"forward": [False], "training": [True], "both": [False, True]}[args.mode]
+    try:
+        job = bench.Job(
+            args.model,
+            (*(args.configs or []), *(bench.TABLE_1 if args.table_1 else [])),
+            batch_size=args.batch_size,
+            training=False,
+            image_size=args.image_size,
+            device=args.device,
+            bfloat16=args.bfloat16,
+            compiled=args.compiled,
+            rounds=args.rounds,
+        )
+        if not job.configs:
+            model = bench.build(job)
+            usual, _ = bench.usual(model)
+            bare = bench.scaled("6(55%)+11", len(model.blocks))
+            job = dataclasses.replace(job, configs=(bare, *usual))
+        jobs = [dataclasses.replace(job, training=training) for training in modes]
+        report.measure(jobs, report=args.report, command=f"skipvit {shlex.join(args.argv)}")
+    except ValueError as error:
+        print(f"skipvit bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _advise(args: argparse.Namespace) -> int:
+    from skipvit_kernels import bench
+    from skipvit_kernels.advise import advise
+
+    _set_threads(args.threads)
+    try:
+        job = bench.Job(
+            args.model,
+            (),
+            batch_size=args.batch_size,
+            training=not args.inference,
+            image_size=args.image_size,
+            device=args.device,
+        )
+        advice = advise(
+            bench.build(job),
+            args.batch_size,
+            training=not args.inference,
+            bfloat16=args.bfloat16,
+            seconds=args.seconds,
+        )
+    except (ValueError, bench.TooLittleMemory) as error:
+        print(f"skipvit advise: {error}", file=sys.stderr)
+        return 2
+    print(advice)
+    return 0
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import gc
+import itertools
+import math
 import os
+import re
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,22 +50,33 @@ class SlicedSequential(SkipSequential):
         return nn.Sequential.children(self)
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of the model on the same parameters and buffers: many twins cost one set of weights.
+
+    For timing variants of one model against each other. What one of them does to its weights or
+    gradients happens to all.
+    """
+    shared: Any = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
 def sliced(model: nn.Module, config: SkipConfig | str) -> nn.Module:
-    """The floor of `config`: a deep copy of the model that keeps the first K patches unseen.
+    """The floor of `config`: a twin of the model that keeps the first K patches unseen.
 
     Stock attention, no scores; after the attention of a drop block the first P + K tokens go on
     (one more with method "fuse") and the others are put back behind them. It does all the work
-    that a model at these token counts must do and none of the routing; its outputs mean nothing. A CLS-only
-    last block is the same in both.
+    that a model at these token counts must do and none of the routing; its outputs mean nothing.
+    A CLS-only last block is the same in both.
 
     Args:
-        model: a timm VisionTransformer, patched or not; left as it is.
+        model: a timm VisionTransformer, patched or not; left as it is, but the floor shares its
+            weights (`twin`).
         config: a `SkipConfig` or its notation; its warm-up is ignored.
 
     Raises:
         ValueError: as `patch`.
     """
-    model = copy.deepcopy(model)
+    model = twin(model)
     if is_patched(model):
         unpatch(model)
     patch(model, config, warmup_epochs=0)
@@ -92,18 +109,40 @@ def sliced_run(
     return torch.cat([tokens, skipped], dim=1) if rejoin else tokens
 
 
-def forward_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
+def forward_step(
+    model: nn.Module, images: Tensor, *, autocast: torch.dtype | None = None
+) -> Callable[[], None]:
     """An inference of `images`, as a call to time. Sets nothing on the model."""
 
     @torch.inference_mode()
     def step() -> None:
-        model(images)
+        with _autocast(images, autocast):
+            model(images)
 
     return step
 
 
+def cuda_graph(call: Callable[[], None]) -> Callable[[], None]:
+    """The call captured in a CUDA graph, to replay without the host's launches in between."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compile and allocate before the capture
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def training_step(
-    model: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    autocast: torch.dtype | None = None,
 ) -> Callable[[], None]:
     """Forward, cross entropy, backward and, where given, the optimizer's step, as a call to time.
 
@@ -111,12 +150,18 @@ def training_step(
     """
 
     def step() -> None:
-        nn.functional.cross_entropy(model(images), labels).backward()
+        with _autocast(images, autocast):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
         if optimizer is not None:
             optimizer.step()
         model.zero_grad()
 
     return step
+
+
+def _autocast(images: Tensor, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +175,21 @@ class Times:
 
     seconds: dict[str, list[float]]
     cpu_seconds: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Times:
+        """With nothing measured so far."""
+        names = list(names)
+        return cls({name: [] for name in names}, {name: [] for name in names})
+
+    def whole_rounds(self) -> Times:
+        """Without the calls of a round that was interrupted."""
+        rounds = min(map(len, self.cpu_seconds.values()))
+        seconds, cpu = (
+            {name: values[:rounds] for name, values in lists.items()}
+            for lists in (self.seconds, self.cpu_seconds)
+        )
+        return Times(seconds, cpu)
 
     def best(self, name: str) -> float:
         """The shortest call, in seconds: what noise cannot improve on."""
@@ -151,6 +211,8 @@ def interleave(
     rounds: int = 10,
     warmup: int = 2,
     device: torch.device | str = "cpu",
+    times: Times | None = None,
+    on_call: Callable[[], object] | None = None,
 ) -> Times:
     """Time the calls in turn, A B C A B C ..., in this process and without garbage collection.
 
@@ -159,6 +221,8 @@ def interleave(
         rounds: timed rounds, at least 1.
         warmup: rounds before them that are not timed.
         device: where the calls' work runs.
+        times: what to add to and return; a caller that is interrupted still has it.
+        on_call: called after each, for a progress bar.
 
     Raises:
         ValueError: without calls or rounds.
@@ -169,7 +233,7 @@ def interleave(
             f"got {len(calls)} calls, rounds={rounds}, warmup={warmup}"
         )
     timed = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
-    times = Times({name: [] for name in calls}, {name: [] for name in calls})
+    times = Times.of(calls) if times is None else times
     with _no_garbage_collection():
         for turn in range(-warmup, rounds):
             for name, call in calls.items():
@@ -178,6 +242,8 @@ def interleave(
                 if turn >= 0:
                     times.seconds[name].append(seconds)
                     times.cpu_seconds[name].append(time.process_time() - cpu)
+                if on_call is not None:
+                    on_call()
     return times
 
 
@@ -239,3 +305,67 @@ def peak_memory(call: Callable[[], object], *, device: torch.device | str = "cpu
         held += change
         peak = max(peak, held)
     return peak
+
+
+def resident_peak(call: Callable[[], object]) -> int | None:
+    """Most bytes by which one call makes this process grow in physical memory; Linux only.
+
+    What the operating system counts, BLAS buffers and fragmentation included: it varies by some
+    percent from call to call. None where the system does not tell.
+    """
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "malloc_trim"):
+        return None
+    gc.collect()
+    libc.malloc_trim(0)  # what earlier calls freed would be used again, uncounted
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    except OSError:
+        return None
+    before = _status_kib("VmRSS")
+    call()
+    return 1024 * (_status_kib("VmHWM") - before)
+
+
+def _status_kib(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(rf"{key}:\s*(\d+) kB", status)[0])
+
+
+def layer_seconds(model: Any, images: Tensor, *, rounds: int = 5, warmup: int = 2) -> list[float]:
+    """Where a forward's time goes: seconds of each block, the shortest of `rounds`.
+
+    From one block's first norm to the next one's, so that a drop counts for its own layer and a
+    rejoin for the layer before it. Wall time on the CPU, the device's on CUDA. The model must not
+    be compiled: hooks mark the times.
+    """
+    starts = [block.norm1 for block in model.blocks._modules.values()] + [model.norm]
+    cuda = images.device.type == "cuda"
+    marks: list[Any] = []
+
+    def mark(module: nn.Module, args: Any) -> None:
+        if cuda:
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
+
+    best = [math.inf] * (len(starts) - 1)
+    handles = [start.register_forward_pre_hook(mark) for start in starts]
+    try:
+        with torch.inference_mode():
+            for turn in range(-warmup, rounds):
+                marks.clear()
+                model(images)
+                if cuda:
+                    torch.cuda.synchronize()
+                if turn >= 0:
+                    spans = [
+                        a.elapsed_time(b) / 1000 if cuda else b - a
+                        for a, b in itertools.pairwise(marks)
+                    ]
+                    best = [min(pair) for pair in zip(best, spans, strict=True)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return best

@@ -1,0 +1,234 @@
+"""Which settings pay on this device, and what limits the others."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+
+from torch import nn
+
+from skipvit_kernels import bench
+from skipvit_kernels.config import SkipConfig
+from skipvit_kernels.patch import is_patched, unpatch
+
+LEAST_ROUNDS = 3
+LEAST_GAIN = 0.02  # below two percent nobody should change a model
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One setting.
+
+    Attributes:
+        config: in the notation of `SkipConfig`.
+        speedup: over the unpatched model, the median over the rounds.
+        floor_speedup: of the sliced model at the same token counts, the median too; None where
+            nothing drops.
+        ideal_speedup: what the arithmetic allows.
+        pays: whether `speedup` is beyond the noise, and beyond two percent.
+        lossless: whether the logits stay what they are.
+        reason: what it gives, or what limits it.
+    """
+
+    config: str
+    speedup: float
+    floor_speedup: float | None
+    ideal_speedup: float
+    pays: bool
+    lossless: bool
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """What `advise` found; `str` and `print` give it as text.
+
+    Attributes:
+        workload: what was measured.
+        findings: of each setting, the best first.
+        noise: the share by which the unpatched model differed from itself.
+        recommended: the fastest setting that pays, whose outputs differ from the unpatched model's
+            unless it is `lossless`; None where none pays.
+        lossless: the fastest setting that pays and changes no logit; None where none does.
+        notes: what else is to be known: a setting that is not possible here, a smaller batch.
+    """
+
+    workload: str
+    findings: tuple[Finding, ...]
+    noise: float
+    recommended: str | None
+    lossless: str | None
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        width = max(len("setting"), *(len(finding.config) for finding in self.findings)) + 2
+        lines = [
+            f"{self.workload}; noise {self.noise:.1%}",
+            "",
+            f"{'setting':{width}}{'speed-up':>9}{'sliced':>8}{'ideal':>8}",
+        ]
+        for finding in self.findings:
+            floor = "" if finding.floor_speedup is None else f"{finding.floor_speedup:.2f}"
+            lines.append(
+                f"{finding.config:{width}}{finding.speedup:9.2f}{floor:>8}"
+                f"{finding.ideal_speedup:8.2f}  {finding.reason}"
+            )
+        lines += ["", *self.notes]
+        if self.recommended is None:
+            lines.append("Recommended: none, the model is best left as it is here.")
+        elif self.recommended != self.lossless:
+            lines.append(
+                f'Recommended: sk.patch(model, "{self.recommended}"). It changes the outputs: '
+                "train or fine-tune with it."
+            )
+        if self.lossless is not None:
+            lines.append(f'Recommended without any loss: sk.patch(model, "{self.lossless}").')
+        return "\n".join(lines)
+
+
+class _OutOfTime(Exception):
+    pass
+
+
+def advise(
+    model: nn.Module,
+    batch_size: int = 8,
+    *,
+    image_size: int | None = None,
+    training: bool = True,
+    bfloat16: bool = False,
+    seconds: float = 60,
+) -> Advice:
+    """Measure a handful of settings of this model on its device, and say which pay.
+
+        print(sk.advise(model, batch_size=64))
+
+    The settings are the paper's fastest skip, its two-stage skip and EViT's fused token, at the
+    same fractions of the depth, each with the lossless last block where the head allows it, and
+    that alone. They are timed in turn, with their sliced floors, and with the unpatched model
+    twice: what the two differ by is noise.
+
+    Args:
+        model: a timm VisionTransformer on the device to measure; left as it is, a copy is used.
+        batch_size: images; a smaller one is measured, and named, where `seconds` does not allow it.
+        image_size: side in pixels; default the model's own.
+        training: training steps rather than inference.
+        bfloat16: under bfloat16 autocast.
+        seconds: of measuring, at most; reached to within one call of the model.
+
+    Raises:
+        ValueError: where the model cannot be patched at all, or on values that make no sense.
+        TooLittleMemory: where not even the unpatched model's step fits.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    deadline = time.monotonic() + seconds
+    device = next(model.parameters()).device.type
+    job = bench.Job(
+        type(model).__name__, (), batch_size, training, image_size, device, bfloat16,
+        memory=False, check=False, control=True,
+    )  # fmt: skip
+    original, model = model, copy.deepcopy(model).train(training)
+    if is_patched(model):
+        unpatch(model)
+    name = getattr(original, "default_cfg", {}).get("architecture") or type(model).__name__
+    configs, notes = bench.usual(model)
+    if image_size is not None:
+        model.set_input_size(img_size=image_size)  # type: ignore[operator]
+    job = dataclasses.replace(job, model=name, configs=configs)
+    job = _that_fits(job, model, deadline)
+    if job.batch_size < batch_size:
+        notes.append(
+            f"Batch {batch_size} would take longer than {seconds:.0f} s: measured at batch "
+            f"{job.batch_size}."
+        )
+
+    def in_time() -> None:
+        if time.monotonic() > deadline:
+            raise _OutOfTime
+
+    rows: list[bench.Row] = []
+    try:
+        bench.run(job, rows, model=model, on_call=in_time)
+    except _OutOfTime:
+        if not rows:
+            raise ValueError(
+                f"seconds must allow one round of {len(job.variants)} calls, got {seconds}"
+            ) from None
+    return _conclude(job, rows, notes)
+
+
+def _that_fits(job: bench.Job, model: nn.Module, deadline: float) -> bench.Job:
+    """The job with a batch and rounds that end before the deadline.
+
+    The batch doubles from 1 until a round would take too long: on a GPU twice the images can cost
+    the same time, so that one step of one image tells little.
+    """
+    batch, calls = 1, len(job.variants)
+    while True:
+        probe = dataclasses.replace(job, batch_size=batch, configs=(), control=False, rounds=1)
+        rows: list[bench.Row] = []
+        bench.run(dataclasses.replace(probe, warmup=1), rows, model=model)
+        seconds = rows[0].seconds[0]
+        left = deadline - time.monotonic()
+        larger = min(2 * batch, job.batch_size)
+        next_round = calls * seconds * larger / batch
+        if larger == batch or (LEAST_ROUNDS + 2) * next_round > left:
+            rounds = int(left / (calls * seconds)) - 1
+            return dataclasses.replace(
+                job, batch_size=batch, warmup=1, rounds=max(1, min(30, rounds))
+            )
+        batch = larger
+
+
+def _conclude(job: bench.Job, rows: list[bench.Row], notes: list[str]) -> Advice:
+    found = {row.config: row for row in rows}
+    control = found[bench.CONTROL]
+    noise = max(abs(control.speedup - 1), abs(control.paired_speedup - 1))
+    least = max(LEAST_GAIN, 2 * noise)
+    findings = [_finding(found[config], least) for config in job.configs]
+    findings.sort(key=lambda finding: -finding.speedup)
+    paying = [finding for finding in findings if finding.pays]
+    lossless = [finding for finding in paying if finding.lossless]
+    if noise > 0.05:
+        notes.append(
+            f"The unpatched model differed from itself by {noise:.0%}: other processes disturb "
+            "the measurement."
+        )
+    return Advice(
+        workload=f"{job}, {len(control.seconds)} rounds",
+        findings=tuple(findings),
+        noise=noise,
+        recommended=paying[0].config if paying else None,
+        lossless=lossless[0].config if lossless else None,
+        notes=tuple(notes),
+    )
+
+
+def _finding(row: bench.Row, least: float) -> Finding:
+    lossless = not SkipConfig.parse(row.config).drop_at
+    gain, allowed = row.paired_speedup - 1, row.ideal_speedup - 1
+    # Without a floor of its own the setting routes nothing, and is its floor.
+    floor_gain = gain if row.paired_floor_speedup is None else row.paired_floor_speedup - 1
+    pays = gain > least
+    if pays:
+        reason = "pays, and changes no logit" if lossless else "pays"
+    elif allowed <= least:
+        reason = "too few tokens or blocks: the arithmetic allows no more"
+    elif floor_gain <= max(least, allowed / 4):
+        reason = (
+            "fewer tokens do not make the blocks faster here: calls wait for launches or for "
+            "memory (a larger batch, or CUDA graphs)"
+        )
+    else:
+        reason = f"the selection takes what the tokens save, {row.paired_overhead:+.1%}"
+    return Finding(
+        config=row.config,
+        speedup=row.paired_speedup,
+        floor_speedup=row.paired_floor_speedup,
+        ideal_speedup=row.ideal_speedup,
+        pays=pays,
+        lossless=lossless,
+        reason=reason,
+    )

@@ -1,0 +1,273 @@
+"""What `bench` measured, as tables, files, charts and one page."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from skipvit_kernels.bench import (
+    Job,
+    Row,
+    TooLittleMemory,
+    block_seconds,
+    missing_kernels,
+    run,
+)
+from skipvit_kernels.info import versions
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
+COLUMNS = ("setting", "images/s", "speed-up", "sliced", "ideal", "routing overhead", "peak memory")
+
+
+def measure(jobs: Sequence[Job], *, report: Path | None, command: str) -> list[Row]:
+    """Run the jobs with a progress bar; print a table of each, and write `report` where given.
+
+    A job that does not fit into memory is left out and named. After Ctrl-C everything that was
+    measured is printed and written before KeyboardInterrupt goes on.
+
+    Raises:
+        ValueError: where a model is unknown or cannot be patched.
+    """
+    console = Console()
+    for reason in sorted({r for job in jobs for r in missing_kernels(job.device)}):
+        console.print(f"without compiled kernels, so slower: {reason}", style="yellow")
+    rows: list[Row] = []
+    skipped: list[str] = []
+    blocks: dict[str, list[float]] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    try:
+        with Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as progress:
+            for job in jobs:
+                task = progress.add_task(str(job), total=job.num_calls)
+                try:
+                    run(job, rows, on_call=functools.partial(progress.advance, task))
+                except TooLittleMemory as error:
+                    skipped.append(str(error))
+            if report is not None and rows:
+                blocks = block_seconds(jobs[0])
+    finally:
+        for title, members in groups(rows).items():
+            console.print(table(title, members))
+        for reason in skipped:
+            console.print(f"not measured: {reason}", style="yellow")
+        if report is not None and rows:
+            page = write_page(
+                report, rows, about=versions(), command=command, skipped=skipped, blocks=blocks
+            )
+            console.print(f"written to {page}")
+    return rows
+
+
+def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows that were timed in turn, by what they have in common."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        parts = [row.model, row.mode, f"batch {row.batch_size}", f"{row.image_size} px", row.dtype]
+        parts += ["torch.compile"] if row.compiled else []
+        parts += ["CUDA graph"] if row.cuda_graph else []
+        parts += [f"{row.threads} CPU threads" if row.device == "cpu" else row.device]
+        found.setdefault(", ".join(parts), []).append(row)
+    return found
+
+
+def patched(rows: Iterable[Row]) -> list[Row]:
+    """Without the floors, whose figures stand in the rows of their configurations."""
+    return [row for row in rows if not row.config.startswith("sliced ")]
+
+
+def cells(row: Row, *, medians: bool) -> list[str]:
+    """A row under COLUMNS: ratios of the shortest calls, with the rounds' medians in brackets."""
+
+    def ratio(shortest: float | None, median: float | None, form: str) -> str:
+        if shortest is None:
+            return ""
+        return format(shortest, form) + (f" ({median:{form}})" if medians else "")
+
+    unpatched = row.config == "unpatched"
+    return [
+        row.config,
+        f"{row.images_per_second:.1f}",
+        "1" if unpatched else ratio(row.speedup, row.paired_speedup, ".3f"),
+        "" if row.floor_speedup is None else f"{row.floor_speedup:.3f}",
+        "1" if unpatched else f"{row.ideal_speedup:.3f}",
+        ratio(row.overhead, row.paired_overhead, "+.1%"),
+        "" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f} MiB",
+    ]
+
+
+def table(title: str, rows: Iterable[Row]) -> Table:
+    """For a terminal of 80 columns."""
+    found = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in COLUMNS:
+        left = column == "setting"
+        found.add_column(
+            column.replace(" ", "\n"), justify="left" if left else "right", no_wrap=left
+        )
+    for row in patched(rows):
+        found.add_row(*cells(row, medians=False))
+    return found
+
+
+def write_data(folder: Path, rows: Sequence[Row]) -> None:
+    """results.csv without the single calls, results.json with them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [dataclasses.asdict(row) for row in rows]
+    (folder / "results.json").write_text(json.dumps(records, indent=1))
+    names = [field.name for field in dataclasses.fields(Row) if field.name != "seconds"]
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in record.items()}
+            for record in records
+        )
+
+
+def write_page(
+    folder: Path,
+    rows: Sequence[Row],
+    *,
+    about: dict[str, str],
+    command: str,
+    skipped: Iterable[str] = (),
+    blocks: dict[str, list[float]] | None = None,
+) -> Path:
+    """One Markdown page with the tables, the pictures, the hardware and the versions.
+
+    Args:
+        folder: to write `report.md`, its pictures and the data into.
+        rows: what was measured.
+        about: hardware and versions, by name.
+        command: that measured them.
+        skipped: jobs that did not run, with the reason.
+        blocks: `bench.block_seconds` of one model, for the picture of where the time goes.
+    """
+    write_data(folder, rows)
+    lines = ["# What skipping buys here", "", f"    {command}", ""]
+    lines += [f"- {name}: {value}" for name, value in about.items()]
+    lines += [
+        "",
+        "*Speed-up* is over the unpatched model, of the shortest calls and, in brackets, as the",
+        "median over rounds of calls in turn. *Sliced* is the floor: the same network at the same",
+        "token counts with the selection for free. *Routing overhead* is the time over the",
+        "floor's, less 1. *Ideal* is what the arithmetic allows. *Peak memory* is by torch's",
+        "allocator, over what was held before the call. Every number is in",
+        "[results.csv](results.csv), every single call in [results.json](results.json).",
+    ]
+    for title, members in groups(rows).items():
+        lines += ["", f"## {title}", ""]
+        lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        for row in patched(members):
+            lines.append(
+                "| " + " | ".join([f"`{row.config}`", *cells(row, medians=True)[1:]]) + " |"
+            )
+    pictures = {"speedup": speedup_chart(rows), "memory": memory_chart(rows)}
+    if blocks:
+        pictures["blocks"] = blocks_chart(blocks)
+    captions = {
+        "speedup": "Speed-up over the unpatched model, beside the sliced floor and the ideal",
+        "memory": "Peak memory of a training step, and what the skipped activations predict",
+        "blocks": "Where an inference's time goes, block by block",
+    }
+    for name, figure in pictures.items():
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png")
+            lines += ["", f"![{captions[name]}]({name}.png)"]
+    if skipped := list(skipped):
+        lines += ["", "## Not measured", "", *(f"- {reason}" for reason in skipped)]
+    page = folder / "report.md"
+    page.write_text("\n".join(lines) + "\n")
+    return page
+
+
+def speedup_chart(rows: Iterable[Row]) -> Figure | None:
+    """One panel a group: measured bars, the floor and the ideal as marks. None without rows."""
+    found = {title: patched(members)[1:] for title, members in groups(rows).items()}
+    found = {title: members for title, members in found.items() if members}
+    if not found:
+        return None
+    heights = [1.2 + 0.32 * len(members) for members in found.values()]
+    figure = Figure(figsize=(8, sum(heights)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights, sharex=True)
+    for axes, (title, members) in zip(panels[:, 0], found.items(), strict=True):
+        places = range(len(members))
+        bars = axes.barh(places, [row.speedup for row in members], 0.7, color=BLUE)
+        axes.bar_label(bars, fmt="%.2f", label_type="center", color="white")
+        axes.scatter(
+            [row.ideal_speedup for row in members], places, marker="|", s=160, linewidths=3,
+            color=ORANGE, zorder=3, label="ideal: what the arithmetic allows",
+        )  # fmt: skip
+        floors = [(row.floor_speedup, at) for at, row in enumerate(members) if row.floor_speedup]
+        if floors:
+            axes.scatter(
+                *zip(*floors, strict=True), marker="D", s=28, color=GREEN, zorder=4,
+                label="sliced: selection for free",
+            )  # fmt: skip
+        axes.axvline(1, color=GREY, linewidth=1)
+        axes.set_yticks(places, [row.config for row in members])
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(loc="lower right", fontsize=8, framealpha=0.9)
+    panels[-1, 0].set_xlabel("speed-up over the unpatched model")
+    panels[-1, 0].set_xlim(left=0)
+    return figure
+
+
+def memory_chart(rows: Iterable[Row]) -> Figure | None:
+    """Peak of the first group of training steps with memory; None where there is none."""
+    measured = [row for row in patched(rows) if row.memory_saved is not None]
+    training = groups(row for row in measured if row.mode == "training step")
+    if not training:
+        return None
+    title, found = next(iter(training.items()))
+    figure = Figure(figsize=(8, 1.2 + 0.32 * len(found)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    places = range(len(found))
+    mib = [(row.peak_memory or 0) / 2**20 for row in found]
+    expected = [mib[0] - (row.activations_saved or 0) / 2**20 for row in found]
+    bars = axes.barh(places, mib, 0.7, color=BLUE)
+    axes.bar_label(bars, fmt="%.0f", label_type="center", color="white")
+    axes.scatter(
+        expected, places, marker="|", s=160, linewidths=3, color=ORANGE, zorder=3,
+        label="unpatched less the skipped tokens' activations",
+    )  # fmt: skip
+    axes.set_yticks(places, [row.config for row in found])
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel("peak memory, MiB")
+    axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def blocks_chart(seconds: dict[str, list[float]]) -> Figure:
+    """Milliseconds of each block, one line a configuration."""
+    figure = Figure(figsize=(8, 3.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    colours = (GREY, BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9")
+    for number, (name, blocks) in enumerate(seconds.items()):
+        axes.step(
+            range(1, len(blocks) + 1), [1000 * t for t in blocks], where="mid",
+            color=colours[number % len(colours)], label=f"{name}: {1000 * sum(blocks):.0f} ms",
+        )  # fmt: skip
+    axes.set_xticks(range(1, len(blocks) + 1))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("ms in a forward")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
