@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import gc
 import itertools
-import math
 import os
 import re
 import statistics
@@ -332,8 +331,8 @@ def _status_kib(key: str) -> int:
     return int(re.findall(rf"{key}:\s*(\d+) kB", status)[0])
 
 
-def layer_seconds(model: Any, images: Tensor, *, rounds: int = 5, warmup: int = 2) -> list[float]:
-    """Where a forward's time goes: seconds of each block, the shortest of `rounds`.
+def layer_seconds(model: Any, images: Tensor) -> list[float]:
+    """Where an inference's time goes: seconds of each block, of one call.
 
     From one block's first norm to the next one's, so that a drop counts for its own layer and a
     rejoin for the layer before it. Wall time on the CPU, the device's on CUDA. The model must not
@@ -350,22 +349,14 @@ def layer_seconds(model: Any, images: Tensor, *, rounds: int = 5, warmup: int = 
         else:
             marks.append(time.perf_counter())
 
-    best = [math.inf] * (len(starts) - 1)
     handles = [start.register_forward_pre_hook(mark) for start in starts]
     try:
         with torch.inference_mode():
-            for turn in range(-warmup, rounds):
-                marks.clear()
-                model(images)
-                if cuda:
-                    torch.cuda.synchronize()
-                if turn >= 0:
-                    spans = [
-                        a.elapsed_time(b) / 1000 if cuda else b - a
-                        for a, b in itertools.pairwise(marks)
-                    ]
-                    best = [min(pair) for pair in zip(best, spans, strict=True)]
+            model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return best
+    if cuda:
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
+    return [b - a for a, b in itertools.pairwise(marks)]

@@ -56,8 +56,9 @@ def measure(jobs: Sequence[Job], *, report: Path | None, command: str) -> list[R
                     run(job, rows, on_call=functools.partial(progress.advance, task))
                 except TooLittleMemory as error:
                     skipped.append(str(error))
-            if report is not None and rows:
-                blocks = block_seconds(jobs[0])
+                else:
+                    if report is not None and not blocks:
+                        blocks = block_seconds(job)
     finally:
         for title, members in groups(rows).items():
             console.print(table(title, members))
@@ -221,7 +222,10 @@ def speedup_chart(rows: Iterable[Row]) -> Figure | None:
         axes.invert_yaxis()
         axes.set_title(title, fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].legend(loc="lower right", fontsize=8, framealpha=0.9)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8,
+        frameon=False,
+    )  # fmt: skip
     panels[-1, 0].set_xlabel("speed-up over the unpatched model")
     panels[-1, 0].set_xlim(left=0)
     return figure
@@ -249,7 +253,7 @@ def memory_chart(rows: Iterable[Row]) -> Figure | None:
     axes.invert_yaxis()
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel("peak memory, MiB")
-    axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
+    figure.legend(loc="outside upper right", fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -258,16 +262,15 @@ def blocks_chart(seconds: dict[str, list[float]]) -> Figure:
     """Milliseconds of each block, one line a configuration."""
     figure = Figure(figsize=(8, 3.4), dpi=150, layout="constrained")
     axes = figure.subplots()
-    colours = (GREY, BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9")
-    for number, (name, blocks) in enumerate(seconds.items()):
+    for colour, (name, blocks) in zip((GREY, BLUE, ORANGE, GREEN), seconds.items(), strict=False):
         axes.step(
             range(1, len(blocks) + 1), [1000 * t for t in blocks], where="mid",
-            color=colours[number % len(colours)], label=f"{name}: {1000 * sum(blocks):.0f} ms",
+            color=colour, label=f"{name}: {1000 * sum(blocks):.0f} ms",
         )  # fmt: skip
     axes.set_xticks(range(1, len(blocks) + 1))
     axes.set_xlabel("layer")
     axes.set_ylabel("ms in a forward")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside upper right", ncols=4, fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
