@@ -6,15 +6,15 @@ import csv
 import ctypes
 import os
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import devices
 import pytest
 
 COLUMNS = (
-    *("operator", "shape", "dtype", "threads", "ours_us", "best_torch_us", "best_torch"),
-    *("speedup", "GB_s", "share_of_copy"),
+    *("operator", "shape", "dtype", "threads", "ours_us", "naive_us", "best_us", "compiled_us"),
+    *("copy_us", "best", "speedup", "GB_s", "share_of_copy"),
 )
 
 
@@ -35,56 +35,104 @@ def keep_freed_memory() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("skipvit benchmarks")
     group.addoption(
+        "--device",
+        choices=list(devices.DEVICES),
+        default="cpu",
+        help="where the operators run; default cpu",
+    )
+    group.addoption(
+        "--full",
+        action="store_true",
+        help="every shape, dtype and number of threads of the operators, not only the usual ones",
+    )
+    group.addoption(
         "--summary-csv", type=Path, help="write the table of the operators to this file"
     )
-    group.addoption("--full", action="store_true", help="every shape, not only the usual ones")
 
 
-def summarise(benchmarks: list[Any]) -> list[dict[str, Any]]:
-    """One row for each group that has our kernel, at least one rival, and the copy."""
-    groups: dict[str, dict[str, float]] = defaultdict(dict)
-    infos: dict[str, dict[str, Any]] = {}
-    for bench in benchmarks:
-        if not bench.has_error and "provider" in bench.extra_info:
-            providers, name = groups[bench.group], bench.extra_info["provider"]
-            providers[name] = min(bench.stats.min, providers.get(name, bench.stats.min))
-            infos[bench.group] = bench.extra_info
-    rows = []
-    for group, providers in groups.items():
-        rivals = {name: t for name, t in providers.items() if name not in ("ours", "copy")}
-        if "ours" not in providers or "copy" not in providers or not rivals:
-            continue
-        ours, best, info = providers["ours"], min(rivals, key=rivals.__getitem__), infos[group]
-        rows.append(
-            {
-                **{key: info[key] for key in ("operator", "shape", "dtype", "threads")},
-                "ours_us": round(ours * 1e6, 1),
-                "best_torch_us": round(rivals[best] * 1e6, 1),
-                "best_torch": best,
-                "speedup": round(rivals[best] / ours, 2),
-                "GB_s": round(info["bytes"] / ours / 1e9, 1),
-                "share_of_copy": round(providers["copy"] / ours, 2),
-            }
-        )
-    return rows
+class Results:
+    """The shortest time of each provider of each group."""
+
+    def __init__(self, csv_path: Path | None) -> None:
+        self.csv_path = csv_path
+        self.groups: dict[str, tuple[dict[str, Any], dict[str, float]]] = {}
+
+    def add(self, group: str, info: dict[str, Any], seconds: float) -> None:
+        """Take a measurement in, and put what the group tells about it into `info`."""
+        if group not in self.groups:
+            self.write_csv()  # what there is: not even a kill takes more than one group
+        _, times = self.groups.setdefault(group, (info, {}))
+        times[info["provider"]] = min(seconds, times.get(info["provider"], seconds))
+        info["GB_s"] = info["bytes"] / seconds / 1e9
+        if "copy" in times:
+            info["share_of_copy"] = times["copy"] / seconds
+        if info["provider"] == "ours" and self.rivals(times):
+            info["speedup"] = min(self.rivals(times).values()) / seconds
+
+    @staticmethod
+    def rivals(times: dict[str, float]) -> dict[str, float]:
+        return {name: t for name, t in times.items() if name not in ("ours", "copy")}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each group, without the columns for which it has no times (yet)."""
+        return [self.row(info, times) for info, times in self.groups.values()]
+
+    def row(self, info: dict[str, Any], times: dict[str, float]) -> dict[str, Any]:
+        best = min((n for n in times if n.startswith("best_")), key=times.__getitem__, default=None)
+        row = {key: info[key] for key in ("operator", "shape", "dtype", "threads")}
+        for column in ("ours", "naive", "compiled", "copy"):
+            if column in times:
+                row[f"{column}_us"] = round(times[column] * 1e6, 1)
+        if best is not None:
+            row |= {"best_us": round(times[best] * 1e6, 1), "best": best.removeprefix("best_")}
+        if "ours" in times:
+            ours, rivals = times["ours"], self.rivals(times)
+            row["GB_s"] = round(info["bytes"] / ours / 1e9, 1)
+            if rivals:
+                row["speedup"] = round(min(rivals.values()) / ours, 2)
+            if "copy" in times:
+                row["share_of_copy"] = round(times["copy"] / ours, 2)
+        return row
+
+    def write_csv(self) -> None:
+        if self.csv_path is None or not self.groups:
+            return
+        self.csv_path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.csv_path.with_suffix(".unfinished")
+        with unfinished.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows())
+        unfinished.replace(self.csv_path)
+
+
+RESULTS = pytest.StashKey[Results]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    reason = devices.absent_reason(config.getoption("--device"))
+    if reason is not None:
+        raise pytest.UsageError(reason)
+    config.stash[RESULTS] = Results(config.getoption("--summary-csv"))
+
+
+@pytest.fixture
+def results(request: Any) -> Results:
+    return request.config.stash[RESULTS]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    session = getattr(config, "_benchmarksession", None)
-    rows = summarise(session.benchmarks) if session is not None else []
+    """Runs after Ctrl-C too."""
+    rows = config.stash[RESULTS].rows()
     if not rows:
         return
-    text = [COLUMNS, *(tuple(str(row[c]) for c in COLUMNS) for row in rows)]
+    config.stash[RESULTS].write_csv()
+    cells = [["-" if row.get(c) is None else str(row[c]) for c in COLUMNS] for row in rows]
+    text = [COLUMNS, *cells]
     widths = [max(len(line[i]) for line in text) for i in range(len(COLUMNS))]
-    terminalreporter.section(f"operators, minima; load {os.getloadavg()[0]:.1f}")
+    device = devices.DEVICES[config.getoption("--device")].describe()
+    terminalreporter.section(f"operators, shortest times; {device}, load {os.getloadavg()[0]:.1f}")
     for line in text:
         terminalreporter.write_line(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         )
-    path = config.getoption("--summary-csv")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)

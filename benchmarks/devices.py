@@ -1,0 +1,199 @@
+"""How a call is timed on a CPU and on a GPU, and what else differs between the two."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+import torch
+
+from skipvit_kernels.backends import cpu, triton
+
+Args = tuple[Any, ...]
+
+
+class Cpu:
+    """Wall time of calls on one set of tensors.
+
+    A copy is `Tensor.clone()` of as many bytes as the operator must read or must write, whichever
+    is more: the copy then moves at least as much as the operator in either direction. Half of the
+    sum would do no justice to a kernel that only reads, as cls_scores: it has no second stream for
+    the memory to serve at the same time.
+    """
+
+    name = "cpu"
+    backend = cpu
+    timer = staticmethod(time.perf_counter)
+    # Every provider of a group twice, side by side in time: what else the machine does, and
+    # whether it has huge pages left for an output, changes within seconds.
+    turns = 2
+
+    def __init__(self, full: bool) -> None:
+        cores = torch.get_num_threads()
+        self.shapes = cases.CPU_FULL if full else cases.CPU_SHAPES
+        self.dtypes = ["float32", "bfloat16"]
+        self.threads: list[int | None] = sorted({cores, 1}, reverse=True) if full else [cores]
+        # Compiling takes 0.6 to 1.8 s a chain and shape. One compilation for all shapes (dynamic)
+        # is no way out: compiled like that, cls_scores takes 1.5 to 7 times as long.
+        self.compiled_dtypes = self.dtypes if full else self.dtypes[:1]
+
+    @staticmethod
+    @functools.cache
+    def describe() -> str:
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        return platform.processor() or platform.machine()
+
+    @staticmethod
+    def available_bytes() -> int:
+        with contextlib.suppress(OSError, IndexError):
+            meminfo = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
+            return int(meminfo.split()[0]) * 1024
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @staticmethod
+    def num_inputs(num_bytes: int) -> int:
+        return 1
+
+    @staticmethod
+    def copies(read: int, written: int, num_inputs: int) -> tuple[Callable[..., Any], list[Args]]:
+        """The call, and what to call it with; the last of each is the source."""
+        source = torch.ones(max(read, written), dtype=torch.uint8)
+        return torch.Tensor.clone, [(source,)]
+
+    @staticmethod
+    def prepare(
+        call: Callable[..., Any], inputs: list[Args]
+    ) -> tuple[Callable[[], object], list[Any]]:
+        """What to time, and the results of the same calls to check."""
+        (args,) = inputs
+        return lambda: call(*args), [call(*args)]
+
+    @staticmethod
+    def measure(benchmark: Any, run: Callable[[], object]) -> None:
+        """About 20 ms: rounds long enough for the clock, and enough of them for a minimum."""
+        start = time.perf_counter()
+        for _ in range(2):
+            run()
+        seconds = (time.perf_counter() - start) / 2
+        iterations = max(1, int(50e-6 / seconds))
+        rounds = max(5, min(200, int(20e-3 / (seconds * iterations))))
+        benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=1)
+
+    @staticmethod
+    def release() -> None:
+        """Give back what malloc keeps: mostly holes, which another shape may not fit into."""
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+class DeviceClock:
+    """Seconds of device time that one call has taken in the runs of `timed` so far."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def timed(self, graph: torch.cuda.CUDAGraph, calls: int) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The device is busy with this while the host hands it the rest, so that the time between
+        # the events holds nothing of the host's.
+        graph.replay()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        self.seconds += start.elapsed_time(end) / 1000 / calls
+
+
+class Cuda:
+    """Device time of CUDA graphs that make the call once on each of several sets of tensors.
+
+    Together the sets move four times what the L2 cache holds, and every call has its own outputs:
+    hardly a gap between launches, everything cold. What is checked are the outputs of a replay. A
+    copy is one from device to device that reads half of the operator's bytes and writes as many.
+    """
+
+    name = "cuda"
+    backend = triton
+    timer = DeviceClock()
+    turns = 1
+
+    def __init__(self, full: bool) -> None:
+        self.shapes = cases.CUDA_FULL if full else cases.CUDA_SHAPES
+        self.dtypes = ["bfloat16", "float32"] if full else ["bfloat16"]
+        self.threads: list[int | None] = [None]
+        self.compiled_dtypes = self.dtypes
+
+    @staticmethod
+    def describe() -> str:
+        return torch.cuda.get_device_name()
+
+    @staticmethod
+    def available_bytes() -> int:
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+
+    @staticmethod
+    def num_inputs(num_bytes: int) -> int:
+        """Of a call that moves so many bytes. 2,048 are enough for 280 MB at the smallest shape."""
+        cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * 2**20
+        return max(4, min(2048, -(-4 * cache // num_bytes)))
+
+    def copies(
+        self, read: int, written: int, num_inputs: int
+    ) -> tuple[Callable[..., Any], list[Args]]:
+        size, byte = (read + written) // 2, {"dtype": torch.uint8, "device": self.name}
+        return torch.Tensor.copy_, [
+            (torch.empty(size, **byte), torch.ones(size, **byte)) for _ in range(num_inputs)
+        ]
+
+    def prepare(
+        self, call: Callable[..., Any], inputs: list[Args]
+    ) -> tuple[Callable[[], object], list[Any]]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiled and loaded before the capture
+            for args in inputs[:3]:
+                call(*args)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [call(*args) for args in inputs]
+        graph.replay()
+        return lambda: self.timer.timed(graph, len(inputs)), results
+
+    @staticmethod
+    def measure(benchmark: Any, run: Callable[[], object]) -> None:
+        benchmark.pedantic(run, rounds=20, iterations=1, warmup_rounds=3)
+
+    @staticmethod
+    def release() -> None:
+        torch.cuda.empty_cache()
+
+
+DEVICES = {device.name: device for device in (Cpu, Cuda)}
+
+
+def absent_reason(name: str) -> str | None:
+    """Why there is no such device here, or None where there is."""
+    if name != "cuda" or torch.cuda.is_available():
+        return None
+    built = "with" if torch.version.cuda or torch.version.hip else "without"
+    return (
+        f"--device cuda: torch {torch.__version__}, built {built} GPU support, finds no CUDA or "
+        f"ROCm GPU; what is here: --device cpu ({Cpu.describe()})"
+    )
