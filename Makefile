@@ -39,9 +39,9 @@ test-gpu: $(INSTALLED)
 	  tests/test_operators.py tests/test_triton_gpu.py tests/test_triton_aot.py -k triton
 
 bench-gpu: $(INSTALLED)
-	$(BIN)/pytest benchmarks/test_operators_gpu.py --benchmark-only \
+	$(BIN)/pytest benchmarks/test_operators.py --device cuda --benchmark-only \
 	  --summary-csv docs/results/triton_gpu.csv
-	$(BIN)/pytest benchmarks/test_operators_gpu.py benchmarks/test_models_gpu.py -s \
+	$(BIN)/pytest benchmarks/test_operators.py benchmarks/test_models_gpu.py --device cuda -s \
 	  -k "host_time or training_step or batch_1"
 
 lint: $(INSTALLED)
