@@ -10,7 +10,8 @@ REQUIRE_GPU ?= triton
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h ascend_ops/*.cpp ascend_ops/*.h ascend_ops/*/*.cpp \
+  ascend_ops/*/*.h tests/ascend/*.cpp tests/ascend/*.h)
 
 .PHONY: demo test test-cpu test-interpreter test-gpu lint bench bench-gpu clean
 
@@ -21,7 +22,7 @@ test: lint test-cpu test-interpreter
 
 # The shared operator suite once more for each instruction set: a machine runs one of them only.
 test-cpu: $(INSTALLED)
-	SKIPVIT_REQUIRE=cpu $(BIN)/pytest
+	SKIPVIT_REQUIRE=cpu,npu-model $(BIN)/pytest
 	for isa in $$($(BIN)/python tests/other_isas.py); do \
 	  SKIPVIT_CPU_ISA=$$isa SKIPVIT_REQUIRE=cpu $(BIN)/pytest -q tests/test_operators.py -k cpu || exit; \
 	done
@@ -39,10 +40,9 @@ test-gpu: $(INSTALLED)
 	  tests/test_operators.py tests/test_triton_gpu.py tests/test_triton_aot.py -k triton
 
 bench-gpu: $(INSTALLED)
-	$(BIN)/pytest benchmarks/test_operators.py --device cuda --benchmark-only \
-	  --summary-csv docs/results/triton_gpu.csv
-	$(BIN)/pytest benchmarks/test_operators.py benchmarks/test_models_gpu.py --device cuda -s \
-	  -k "host_time or training_step or batch_1"
+	$(BIN)/pytest benchmarks/ --device cuda --benchmark-only \
+	  --summary-csv docs/results/operators_gpu.csv --models-report docs/results/models_gpu
+	$(BIN)/pytest benchmarks/test_operator_speed.py --device cuda -s -k host_time
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -26,16 +26,9 @@ from timm.models import load_checkpoint
 from tqdm import tqdm
 
 import skipvit_kernels as sk
+from skipvit_kernels import bench
 
-TABLE_1 = (
-    "4,7(30%,30%)+10",
-    "4,7(30%,30%)+11",
-    "5,8(35%,35%)+10",
-    "5,8(35%,35%)+11",
-    "6(45%)+11",
-    "6(50%)+11",
-    "6(55%)+11",
-)
+TABLE_1 = [text for text in bench.TABLE_1 if not text.endswith("+fused")]
 CONFIGS = ("", *TABLE_1, *(f"{text}:mean" for text in TABLE_1), "6(45%)+fused", "6(55%)")
 
 

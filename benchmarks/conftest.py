@@ -1,16 +1,20 @@
-"""Options of the benchmarks, and the table at the end: pytest-benchmark has no such columns."""
+"""Options of the benchmarks, and the tables at the end: pytest-benchmark has no such columns."""
 
 from __future__ import annotations
 
 import csv
 import ctypes
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import devices
 import pytest
+from rich.console import Console
+
+from skipvit_kernels import bench, info, report
 
 COLUMNS = (
     *("operator", "shape", "dtype", "threads", "ours_us", "naive_us", "best_us", "compiled_us"),
@@ -47,6 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--summary-csv", type=Path, help="write the table of the operators to this file"
+    )
+    group.addoption(
+        "--models-report",
+        type=Path,
+        metavar="DIR",
+        help="write tables, charts and data of the models to this folder",
     )
 
 
@@ -107,6 +117,7 @@ class Results:
 
 
 RESULTS = pytest.StashKey[Results]()
+MODEL_ROWS = pytest.StashKey[list[bench.Row]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -114,6 +125,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if reason is not None:
         raise pytest.UsageError(reason)
     config.stash[RESULTS] = Results(config.getoption("--summary-csv"))
+    config.stash[MODEL_ROWS] = []
 
 
 @pytest.fixture
@@ -121,8 +133,26 @@ def results(request: Any) -> Results:
     return request.config.stash[RESULTS]
 
 
+@pytest.fixture(scope="session")
+def model_rows(request: Any) -> list[bench.Row]:
+    """What the jobs of test_model_speed.py measured, in their order."""
+    return request.config.stash[MODEL_ROWS]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Runs after Ctrl-C too."""
+    summarise_operators(terminalreporter, config)
+    rows = config.stash[MODEL_ROWS]
+    for title, members in report.groups(rows).items():
+        terminalreporter.section(title)
+        Console(file=terminalreporter._tw._file, width=100).print(report.table("", members))
+    folder = config.getoption("--models-report")
+    if folder is not None and rows:
+        command = f"pytest {shlex.join(config.invocation_params.args)}"
+        report.write_page(folder, rows, about=info.versions(), command=command)
+
+
+def summarise_operators(terminalreporter: Any, config: pytest.Config) -> None:
     rows = config.stash[RESULTS].rows()
     if not rows:
         return

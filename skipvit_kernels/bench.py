@@ -53,7 +53,7 @@ class Job:
         cuda_graph: replay each inference as a CUDA graph: what a batch of 1 needs on a GPU.
         rounds: how often each variant is timed, at least 1.
         warmup: rounds before them.
-        memory: also measure peak memory.
+        memory: also measure peak memory, but for the floors.
         check: `verify` each configuration on this model first: nothing unchecked is timed.
         control: also time the unpatched model a second time: what its ratio misses 1 by is noise.
 
@@ -121,7 +121,8 @@ class Job:
     @property
     def num_calls(self) -> int:
         """Calls of `run`'s progress."""
-        return len(self.variants) * (self.rounds + self.warmup + self.memory)
+        memory = (1 + (self.device == "cpu")) * (1 + len(self.configs)) if self.memory else 0
+        return len(self.variants) * (self.rounds + self.warmup) + memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,10 +287,12 @@ def run(
             calls, rounds=job.rounds, warmup=job.warmup, device=job.device, times=times,
             on_call=on_call,
         )  # fmt: skip
-        for name, call in calls.items() if job.memory else ():
-            peaks[name] = measure.peak_memory(call, device=job.device)
-            resident[name] = measure.resident_peak(call) if job.device == "cpu" else None
+        for name in ("unpatched", *job.configs) if job.memory else ():
+            peaks[name] = measure.peak_memory(calls[name], device=job.device)
             on_call()
+            if job.device == "cpu":
+                resident[name] = measure.resident_peak(calls[name])
+                on_call()
     except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises RuntimeError
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise

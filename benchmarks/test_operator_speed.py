@@ -1,10 +1,10 @@
 """Every operator, forward and backward, against plain PyTorch and against a plain copy.
 
-    pytest benchmarks/test_operators.py --benchmark-only                    # on the CPU
-    pytest benchmarks/test_operators.py --benchmark-only --device cuda
-    pytest benchmarks/test_operators.py --full --summary-csv operators.csv  # everything
-    pytest benchmarks/test_operators.py -k "gather_topk and B8 and float32"
-    pytest benchmarks/test_operators.py --benchmark-disable                 # checks, times nothing
+    pytest benchmarks/test_operator_speed.py --benchmark-only              # on the CPU
+    pytest benchmarks/test_operator_speed.py --benchmark-only --device cuda
+    pytest benchmarks/test_operator_speed.py --full --summary-csv all.csv  # everything: an hour
+    pytest benchmarks/test_operator_speed.py -k "gather_topk and B8 and float32"
+    pytest benchmarks/test_operator_speed.py --benchmark-disable           # checks, times nothing
 
 A group is one operator at one shape, dtype and number of CPU threads. Its providers: `copy`, a
 plain copy of the operator's bytes; `naive`, what people write; `best_...`, the fastest chains we
