@@ -56,8 +56,10 @@ class CMakeBuild(build_ext):
         # cmake and ninja from pip lie beside the interpreter, which need not be on PATH.
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
         env = {**os.environ, "PATH": path}
+        # CANN's kernel library is built by nested builds, known to work from Makefiles only.
+        generator = "Unix Makefiles" if ext is ASCEND else "Ninja"
         configure = [
-            *("cmake", "-G", "Ninja", "-S", str(source), "-B", str(build)),
+            *("cmake", "-G", generator, "-S", str(source), "-B", str(build)),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DSKIPVIT_VERSION={self.distribution.get_version()}",

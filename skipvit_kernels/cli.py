@@ -11,10 +11,11 @@ from pathlib import Path
 
 from skipvit_kernels import __version__
 
+# Per subcommand, the extra that brings what it needs beside torch, and the packages.
 EXTRAS = {
-    "demo": {"timm", "sklearn", "matplotlib", "rich"},
-    "bench": {"timm", "matplotlib", "rich"},
-    "advise": {"timm", "rich"},
+    "demo": ("demo", {"timm", "sklearn", "matplotlib", "rich"}),
+    "bench": ("bench", {"timm", "matplotlib", "rich"}),
+    "advise": ("timm", {"timm"}),
 }
 
 
@@ -34,11 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in EXTRAS.get(command, set()):
+        extra, packages = EXTRAS.get(command, ("", set()))
+        if (error.name or "").partition(".")[0] not in packages:
             raise
         print(
             f"skipvit {command} needs {error.name}, which is not installed: "
-            f'pip install "skipvit_kernels[{command}]"',
+            f'pip install "skipvit_kernels[{extra}]"',
             file=sys.stderr,
         )
         return 1

@@ -1,9 +1,11 @@
 """skipvit bench and skipvit advise: what they compute from times, keep, refuse and write."""
 
+import builtins
 import copy
 import csv
 import dataclasses
 import json
+import sys
 import time
 
 import pytest
@@ -426,3 +428,25 @@ def test_an_interrupted_bench_command_keeps_what_it_has(monkeypatch, capsys, tmp
 def test_commands_refuse_by_name(arguments, message, capsys):
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("bench", "matplotlib", "bench"), ("bench", "timm", "bench"), ("advise", "timm", "timm")],
+)
+def test_a_missing_package_names_the_extra(command, package, extra, monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "skipvit_kernels.report")
+    monkeypatch.delattr(sk, "report")
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert cli.main([command, "deit_tiny_patch16_224"]) == 1
+    assert capsys.readouterr().err == (
+        f"skipvit {command} needs {package}, which is not installed: "
+        f'pip install "skipvit_kernels[{extra}]"\n'
+    )
