@@ -165,8 +165,9 @@ def write_page(
         "median over rounds of calls in turn. *Sliced* is the floor: the same network at the same",
         "token counts with the selection for free. *Routing overhead* is the time over the",
         "floor's, less 1. *Ideal* is what the arithmetic allows. *Peak memory* is by torch's",
-        "allocator, over what was held before the call. Every number is in",
-        "[results.csv](results.csv), every single call in [results.json](results.json).",
+        "allocator, over what was held before the call; *resident* is what the operating system",
+        "counts. Every number is in [results.csv](results.csv), every single call in",
+        "[results.json](results.json).",
     ]
     for title, members in groups(rows).items():
         lines += ["", f"## {title}", ""]
@@ -175,6 +176,7 @@ def write_page(
             lines.append(
                 "| " + " | ".join([f"`{row.config}`", *cells(row, medians=True)[1:]]) + " |"
             )
+        lines += memory_lines(members)
     pictures = {"speedup": speedup_chart(rows), "memory": memory_chart(rows)}
     if blocks:
         pictures["blocks"] = blocks_chart(blocks)
@@ -192,6 +194,23 @@ def write_page(
     page = folder / "report.md"
     page.write_text("\n".join(lines) + "\n")
     return page
+
+
+def memory_lines(rows: Iterable[Row]) -> list[str]:
+    """What a group of training steps saves in memory, as Markdown; empty for other groups."""
+    found = [row for row in patched(rows) if row.memory_saved is not None]
+    if not found or found[0].mode != "training step":
+        return []
+
+    def mib(count: int | None) -> str:
+        return "" if count is None else f"{count / 2**20:.1f}"
+
+    lines = ["", "| MiB | peak | resident peak | saved | activations of the skipped tokens |"]
+    lines += ["|" + "---|" * 5]
+    for row in found:
+        values = (row.peak_memory, row.resident_memory, row.memory_saved, row.activations_saved)
+        lines.append("| " + " | ".join([f"`{row.config}`", *map(mib, values)]) + " |")
+    return lines
 
 
 def speedup_chart(rows: Iterable[Row]) -> Figure | None:

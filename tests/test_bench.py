@@ -270,6 +270,8 @@ def test_the_page_has_every_number(rows, tmp_path):
         "deit_tiny_patch16_224, training step, batch 2, 64 px, float32, 1 CPU threads",
     ):
         assert part in text  # fmt: skip
+    saved = next(row for row in rows[6:] if row.config == "6(55%)+11")
+    assert f" | {saved.memory_saved / 2**20:.1f} | {saved.activations_saved / 2**20:.1f} |" in text
     for name in ("speedup", "memory", "blocks"):
         assert f"({name}.png)" in text and (tmp_path / f"{name}.png").stat().st_size > 10_000
     loaded = json.loads((tmp_path / "results.json").read_text())
