@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 import skipvit_kernels as sk
 from skipvit_kernels import bench
+from skipvit_kernels.info import cpu_name
 
 TABLE_1 = [text for text in bench.TABLE_1 if not text.endswith("+fused")]
 CONFIGS = ("", *TABLE_1, *(f"{text}:mean" for text in TABLE_1), "6(45%)+fused", "6(55%)")
@@ -140,7 +140,7 @@ def main() -> None:
 
     print(
         f"{args.model}, {len(loader.dataset)} images, batch {args.batch_size}, {args.device} "
-        f"({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads), "
+        f"({cpu_name()}, {torch.get_num_threads()} threads), "
         f"torch {torch.__version__}, timm {timm.__version__}"
     )
     widths = {name: max(len(row[name]) for row in table) for name in table[0]}

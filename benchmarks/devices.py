@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import cases
 import torch
 
 from skipvit_kernels.backends import cpu, triton
+from skipvit_kernels.info import cpu_name
 
 Args = tuple[Any, ...]
 
@@ -49,18 +46,7 @@ class Cpu:
     @staticmethod
     @functools.cache
     def describe() -> str:
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-        return platform.processor() or platform.machine()
-
-    @staticmethod
-    def available_bytes() -> int:
-        with contextlib.suppress(OSError, IndexError):
-            meminfo = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
-            return int(meminfo.split()[0]) * 1024
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cpu_name()
 
     @staticmethod
     def num_inputs(num_bytes: int) -> int:
@@ -141,11 +127,6 @@ class Cuda:
     @staticmethod
     def describe() -> str:
         return torch.cuda.get_device_name()
-
-    @staticmethod
-    def available_bytes() -> int:
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + unused
 
     @staticmethod
     def num_inputs(num_bytes: int) -> int:

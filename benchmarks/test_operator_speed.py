@@ -45,6 +45,7 @@ from torch import Tensor
 
 import skipvit_kernels as sk
 from skipvit_kernels import reference
+from skipvit_kernels.bench import free_memory
 
 # Or torch.compile would run the plain chain after 8 compilations of it, and not say so.
 torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -127,7 +128,7 @@ class Workplace:
     def _make_inputs(self, shape: Shape, dtype: str) -> str | None:
         """Why there are none, or None."""
         make = functools.partial(Inputs, shape, getattr(torch, dtype), self.device.name)
-        needed, available = bytes_needed(shape, dtype), self.device.available_bytes()
+        needed, available = bytes_needed(shape, dtype), free_memory(self.device.name)
         if needed > available:
             return (
                 f"{shape} in {dtype} needs about {needed / 2**30:.1f} GiB of memory, "

@@ -374,9 +374,7 @@ def check_memory(job: Job, model: Any) -> None:
     Counted are gradients, the activations of a training step, and of an inference the largest
     block's. Linux would otherwise promise the memory and kill the process when it is used.
     """
-    free = _free_memory(job.device)
-    if free is None:
-        return
+    free = free_memory(job.device)
     shape = ViTShape.of(model)
     images = activations(shape) * job.batch_size * _itemsize(job)
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
@@ -387,12 +385,14 @@ def check_memory(job: Job, model: Any) -> None:
         )
 
 
-def _free_memory(device: str) -> int | None:
+def free_memory(device: str) -> int:
+    """Bytes that are left for tensors on a device; of the CPU all it has where it does not tell."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
-        return None
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 1024 * int(re.findall(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[0])
 
 

@@ -65,7 +65,7 @@ def versions() -> dict[str, str]:
         "triton": _version("triton"),
         "Python": platform.python_version(),
     }
-    found["CPU"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    found["CPU"] = f"{cpu_name()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         found["CUDA device"] = torch.cuda.get_device_name()
     if backends.cpu.unavailable_reason() is None:
@@ -107,7 +107,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The model name where the system tells it (Linux), else the architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -139,7 +139,7 @@ def test_what_fails_its_check_is_not_timed(monkeypatch):
 
 
 def test_a_job_that_does_not_fit_is_left_out_and_the_rest_goes_on(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "_free_memory", lambda device: 30 * 2**20)
+    monkeypatch.setattr(bench, "free_memory", lambda device: 30 * 2**20)
     jobs = [job(batch_size=10_000, training=False), job(configs=(":cls",), training=False)]
     rows = report.measure(jobs, report=tmp_path / "out", command="skipvit bench ...")
     assert [row.config for row in rows] == ["unpatched", ":cls"]
