@@ -161,7 +161,7 @@ def test_no_operator_synchronises():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("config", ["6(55%)+11", "6(55%)+11:mean", "6(45%)+fused"])
+@pytest.mark.parametrize("config", ["6(55%)+11:mean", "6(55%)+11:cls", "6(45%)+fused"])
 def test_cuda_graphs_capture_a_patched_model_forward_and_backward(config):
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224").cuda()
@@ -199,6 +199,30 @@ def test_a_graph_of_our_own_replays_on_new_inputs():
     k.copy_(torch.randn_like(k))
     graph.replay()
     assert torch.equal(out, there_and_back(x, q, k))
+
+
+# ------------------------------------------------------------------------------- measuring
+
+
+def test_a_model_is_measured_on_the_device():
+    """Training under autocast, inference as a CUDA graph, blocks, and advice: all code paths."""
+    pytest.importorskip("timm")
+    from skipvit_kernels import bench
+
+    shared = dict(device="cuda", bfloat16=True, rounds=3)
+    configs = ("6(55%)+11", ":cls", "6(45%)+fused:cls")
+    rows: list[bench.Row] = []
+    job = bench.Job("vit_small_patch16_224", configs, 32, training=True, **shared)
+    bench.run(job, rows)
+    assert all(row.memory_saved >= 0.9 * row.activations_saved for row in rows[1:4])
+    bench.run(
+        bench.Job("vit_small_patch16_224", configs, 1, False, cuda_graph=True, **shared), rows
+    )
+    assert all(min(row.seconds) > 0 for row in rows)
+    blocks = bench.block_seconds(job, rounds=2)
+    assert list(blocks) == ["unpatched", *configs] and len(blocks[":cls"]) == 12
+    advice = sk.advise(bench.build(job), 64, bfloat16=True, seconds=20)
+    assert {finding.config for finding in advice.findings} > {":cls", "6(55%)+11:cls"}
 
 
 # ------------------------------------------------------------------------------- bad input
