@@ -14,6 +14,7 @@ from skipvit_kernels.patch import is_patched, unpatch
 
 LEAST_ROUNDS = 3
 LEAST_GAIN = 0.02  # below two percent nobody should change a model
+TOO_NOISY = 0.05  # less than the lossless last block gains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,9 @@ class Advice:
                 f"{finding.ideal_speedup:8.2f}  {finding.reason}"
             )
         lines += ["", *self.notes]
-        if self.recommended is None:
+        if self.recommended is None and self.noise > TOO_NOISY:
+            lines.append("Recommended: nothing can be told from the noise, measure again.")
+        elif self.recommended is None:
             lines.append("Recommended: none, the model is best left as it is here.")
         elif self.recommended != self.lossless:
             lines.append(
@@ -137,12 +140,9 @@ def advise(
     if image_size is not None:
         model.set_input_size(img_size=image_size)  # type: ignore[operator]
     job = dataclasses.replace(job, model=name, configs=configs)
-    job = _that_fits(job, model, deadline)
+    job, limit = _that_fits(job, model, deadline)
     if job.batch_size < batch_size:
-        notes.append(
-            f"Batch {batch_size} would take longer than {seconds:.0f} s: measured at batch "
-            f"{job.batch_size}."
-        )
+        notes.append(f"Measured at batch {job.batch_size}, not {batch_size}: {limit}.")
 
     def in_time() -> None:
         if time.monotonic() > deadline:
@@ -159,26 +159,33 @@ def advise(
     return _conclude(job, rows, notes)
 
 
-def _that_fits(job: bench.Job, model: nn.Module, deadline: float) -> bench.Job:
-    """The job with a batch and rounds that end before the deadline.
+def _that_fits(job: bench.Job, model: nn.Module, deadline: float) -> tuple[bench.Job, str]:
+    """The job with a batch and rounds that end before the deadline, and what limits the batch.
 
     The batch doubles from 1 until a round would take too long: on a GPU twice the images can cost
     the same time, so that one step of one image tells little.
     """
-    batch, calls = 1, len(job.variants)
+    batch, calls, limit = 1, len(job.variants), ""
     while True:
-        probe = dataclasses.replace(job, batch_size=batch, configs=(), control=False, rounds=1)
+        probe = dataclasses.replace(
+            job, batch_size=batch, configs=(), control=False, rounds=1, warmup=1
+        )
         rows: list[bench.Row] = []
-        bench.run(dataclasses.replace(probe, warmup=1), rows, model=model)
-        seconds = rows[0].seconds[0]
+        try:
+            bench.run(probe, rows, model=model)
+        except bench.TooLittleMemory as error:
+            if batch == 1:
+                raise
+            batch, limit = batch // 2, str(error)
+        else:
+            seconds = rows[0].seconds[0]  # of the largest batch that was measured
         left = deadline - time.monotonic()
         larger = min(2 * batch, job.batch_size)
-        next_round = calls * seconds * larger / batch
-        if larger == batch or (LEAST_ROUNDS + 2) * next_round > left:
-            rounds = int(left / (calls * seconds)) - 1
-            return dataclasses.replace(
-                job, batch_size=batch, warmup=1, rounds=max(1, min(30, rounds))
-            )
+        if not limit and (LEAST_ROUNDS + 2) * calls * seconds * larger / batch > left:
+            limit = f"{larger} would take too long"
+        if limit or larger == batch:
+            rounds = max(1, min(30, int(left / (calls * seconds)) - 1))
+            return dataclasses.replace(job, batch_size=batch, warmup=1, rounds=rounds), limit
         batch = larger
 
 
@@ -191,7 +198,7 @@ def _conclude(job: bench.Job, rows: list[bench.Row], notes: list[str]) -> Advice
     findings.sort(key=lambda finding: -finding.speedup)
     paying = [finding for finding in findings if finding.pays]
     lossless = [finding for finding in paying if finding.lossless]
-    if noise > 0.05:
+    if noise > TOO_NOISY:
         notes.append(
             f"The unpatched model differed from itself by {noise:.0%}: other processes disturb "
             "the measurement."

@@ -6,7 +6,6 @@ run(Job("vit_small_patch16_224", ("6(55%)+11", ":cls"), batch_size=8, training=T
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import os
@@ -202,10 +201,10 @@ def usual(model: Any) -> tuple[tuple[str, ...], list[str]]:
     Raises:
         ValueError: where the model cannot be patched at all.
     """
-    patch(copy.deepcopy(model), "")
+    patch(measure.twin(model), "")
     configs, notes, cls = [], [], ":cls"
     try:
-        patch(copy.deepcopy(model), cls)
+        patch(measure.twin(model), cls)
         configs.append(cls)
     except ValueError as error:
         cls = ""
@@ -213,7 +212,7 @@ def usual(model: Any) -> tuple[tuple[str, ...], list[str]]:
     for config in ("6(55%)+11", "4,7(30%,30%)+10", "6(45%)+fused"):
         try:
             text = scaled(config, len(model.blocks)) + cls
-            patch(copy.deepcopy(model), text)
+            patch(measure.twin(model), text)
             configs.append(text)
         except ValueError as error:
             notes.append(f"{config} is not possible here: {error}.")

@@ -355,6 +355,21 @@ def test_advice_does_not_trust_noise(model, monkeypatch):
     advice = advise(model, 8)
     assert advice.recommended is None and advice.noise == pytest.approx(0.08)
     assert "differed from itself by 8%" in str(advice)
+    assert "nothing can be told from the noise" in str(advice)
+
+
+def test_advice_takes_the_largest_batch_that_fits(model, monkeypatch):
+    measured = fake_run({})
+
+    def run(job, rows, **options):
+        if job.batch_size > 5:
+            raise TooLittleMemory(f"batch {job.batch_size} is too much")
+        measured(job, rows, **options)
+
+    monkeypatch.setattr(bench, "run", run)
+    advice = advise(model, 64)
+    assert "batch 4, cpu" in advice.workload
+    assert advice.notes == ("Measured at batch 4, not 64: batch 8 is too much.",)
 
 
 def test_advice_names_arithmetic_that_allows_nothing(model, monkeypatch):
