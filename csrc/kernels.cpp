@@ -402,8 +402,9 @@ struct Rows {
   }
 };
 
+// Not inline: the registers are for the rows that are contiguous.
 template <class Bits>
-inline void copy_strided(void* out, const void* in, int64_t stride, int64_t n) {
+__attribute__((noinline)) void copy_strided(void* out, const void* in, int64_t stride, int64_t n) {
   Bits* to = static_cast<Bits*>(out);
   const Bits* from = static_cast<const Bits*>(in);
   for (int64_t i = 0; i < n; ++i) {
@@ -411,10 +412,15 @@ inline void copy_strided(void* out, const void* in, int64_t stride, int64_t n) {
   }
 }
 
-// Rows between the one being copied and the one fetched into the cache for later. The hardware does
-// not follow rows with gaps: gather_rows takes 1.24 instead of 1.8 ms for B 64, N 577, C 384 in
-// float32 on one thread, scatter_back 1.7 instead of 2.5 ms in bfloat16.
-constexpr int64_t kRowsAhead = 4;
+// Rows between the one being copied and the one fetched into the cache for later: about 9 kB of
+// them. The hardware does not follow rows with gaps. The distance is one in bytes: for B 64, N 577,
+// C 192 in bfloat16 on one thread a scatter reaches 0.71 of a copy's speed with 4 rows, 0.90
+// with 16.
+constexpr int64_t kMostRowsAhead = 16;  // a power of two
+inline int64_t rows_ahead(int64_t row_bytes) {
+  const int64_t rows = 9216 / (row_bytes > 0 ? row_bytes : 1);
+  return rows < 3 ? 3 : rows > kMostRowsAhead ? kMostRowsAhead : rows;
+}
 
 inline void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) {
@@ -423,36 +429,29 @@ inline void prefetch_row(const char* row, int64_t bytes) {
 }
 
 // Copies a row in whole registers, not with a library call for each, and fetches as many bytes of
-// rows needed later: of `next` to read them, of `next_out`, where given, to write them.
+// rows needed later: of `next` to read them, of `next_out`, where given, to write them. Register by
+// register: an array of them GCC 12 also stores on the stack, which made every copy write twice.
 inline void copy_bytes(char* out, const char* in, int64_t n, const char* next,
                        const char* next_out) {
-  constexpr int64_t kStep = 256;
   int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    Bytes block[kStep / kRegisterBytes];
-    std::memcpy(block, in + i, kStep);
-    for (int64_t j = 0; j < kStep; j += 64) {
-      __builtin_prefetch(next + i + j);
-      if (next_out != nullptr) {
-        __builtin_prefetch(next_out + i + j, 1);
-      }
-    }
-    std::memcpy(out + i, block, kStep);
-  }
   for (; i + 64 <= n; i += 64) {
-    Bytes block[64 / kRegisterBytes];
-    std::memcpy(block, in + i, 64);
     __builtin_prefetch(next + i);
-    std::memcpy(out + i, block, 64);
+    __builtin_prefetch(next_out + i, 1);
+    for (int64_t j = i; j < i + 64; j += kRegisterBytes) {
+      Bytes v;
+      std::memcpy(&v, in + j, sizeof(v));
+      std::memcpy(out + j, &v, sizeof(v));
+    }
   }
   if (i < n) {
     __builtin_prefetch(next + i);
+    __builtin_prefetch(next_out + i, 1);
     std::memcpy(out + i, in + i, n - i);
   }
 }
 
 inline void copy_row(char* out, const char* in, int64_t stride, int64_t n, int64_t element_size,
-                     const char* next, const char* next_out = nullptr) {
+                     const char* next, const char* next_out) {
   if (stride == 1 || n <= 1) {
     copy_bytes(out, in, n * element_size, next, next_out);
   } else if (element_size == 2) {
@@ -467,7 +466,7 @@ inline void copy_row(char* out, const char* in, int64_t stride, int64_t n, int64
 inline void copy_row(void* out, const void* in, int64_t stride, int64_t n, int64_t element_size) {
   char* to = static_cast<char*>(out);
   const char* from = static_cast<const char*>(in);
-  copy_row(to, from, stride, n, element_size, from);
+  copy_row(to, from, stride, n, element_size, from, to);
 }
 
 // item -> (item / rows, item % rows) without a division a row: 10 ns where a row is copied in 30.
@@ -482,6 +481,37 @@ struct RowWalk {
     }
   }
 };
+
+// each(walk, source, later source) for the items [begin, end), `rows` an image. source(walk) is the
+// address of the row an item is made from; it is asked for once, `step` rows ahead of its use.
+template <class Source, class Each>
+inline __attribute__((always_inline)) void for_rows(int64_t begin, int64_t end, int64_t rows,
+                                                    int64_t step, Source source, Each each) {
+  const char* sources[kMostRowsAhead];
+  RowWalk walk(begin, rows), ahead(begin, rows);
+  const uint64_t count = end - begin, lead = step;
+  for (uint64_t i = 0; i < count && i < lead; ++i, ahead.next()) {
+    sources[i] = source(ahead);
+  }
+  for (uint64_t i = 0; i < count; ++i, walk.next()) {
+    const char* from = sources[i % kMostRowsAhead];
+    const char* later = from;
+    if (i + lead < count) {
+      later = source(ahead);
+      sources[(i + lead) % kMostRowsAhead] = later;
+      ahead.next();
+    }
+    each(walk, from, later);
+  }
+}
+
+// x where it is one of the rows kept, else y. No branch: on rows kept at random it is mispredicted
+// every second time.
+inline const char* choose(bool kept, const char* x, const char* y) {
+  const uintptr_t mask = -static_cast<uintptr_t>(kept);
+  return reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(x) & mask) |
+                                       (reinterpret_cast<uintptr_t>(y) & ~mask));
+}
 
 // The row itself where it is contiguous, else a copy of it.
 template <class T>
@@ -834,23 +864,20 @@ IndexCheck invert_index(const View& index, int64_t num_tokens, int32_t* inverse,
 }
 
 void gather_rows(const View& x, const View& index, const View& out, int64_t begin, int64_t end) {
-  const int64_t rows = index.size[1], channels = x.size[2], stride = x.stride[2];
-  const int64_t element_size = x.element_size;
+  const int64_t channels = x.size[2], stride = x.stride[2], element_size = x.element_size;
+  const int64_t step = rows_ahead(channels * element_size);
   const Rows from(x), to(out), indices(index);
   const auto source = [&](const RowWalk& at) {
     int64_t row;
     std::memcpy(&row, indices(at.image, at.row), sizeof(row));
     return from(at.image, row);
   };
-  RowWalk walk(begin, rows), ahead(begin + kRowsAhead, rows);
-  for (int64_t item = begin; item < end; ++item, walk.next(), ahead.next()) {
-    const char* row = source(walk);
-    // Fetching the output too takes 48 instead of 52 us for B 64, N 197, C 192 in bfloat16; the
-    // scatters do not gain.
-    char* out_row = to(walk.image, walk.row);
-    copy_row(out_row, row, stride, channels, element_size,
-             item + kRowsAhead < end ? source(ahead) : row, out_row + 2 * to.row_bytes);
-  }
+  for_rows(begin, end, index.size[1], step, source,
+           [&](const RowWalk& at, const char* row, const char* later) {
+             char* out_row = to(at.image, at.row);
+             copy_row(out_row, row, stride, channels, element_size, later,
+                      out_row + step / 2 * to.row_bytes);
+           });
 }
 
 // out = x + update, the update as accumulators.
@@ -861,50 +888,81 @@ SKIPVIT_FLATTEN inline void add_row(T* out, const T* x, const A* update, int64_t
   });
 }
 
+// The addresses of what the rows of out are made from.
+struct ScatterSource {
+  Rows tokens, x;
+  const int32_t* inverse;
+  int64_t num_tokens;
+
+  bool kept(const RowWalk& at) const { return inverse[at.image * num_tokens + at.row] >= 0; }
+  const char* operator()(const RowWalk& at) const {
+    const int32_t r = inverse[at.image * num_tokens + at.row];
+    return choose(r >= 0, tokens(at.image, r), x(at.image, at.row));
+  }
+};
+
 template <class T>
-void scatter_rows_of(const View* x, const View& tokens, const View* update, const int32_t* inverse,
-                     const View& out, int64_t begin, int64_t end) {
+void scatter_rows_adding(const View& x, const View& tokens, const View& update,
+                         const int32_t* inverse, const View& out, int64_t begin, int64_t end) {
   using A = typename Type<T>::Sum;
   const int64_t num_tokens = out.size[1], channels = out.size[2];
-  const int64_t stride = tokens.stride[2], x_stride = x == nullptr ? 1 : x->stride[2];
-  const Rows to(out), moved(tokens), skipped(x == nullptr ? out : *x);
-  const bool zeros = x == nullptr;
-  A* added = update == nullptr ? nullptr : accumulate_scratch.get<A>(channels);
+  const int64_t stride = tokens.stride[2], x_stride = x.stride[2];
+  const int64_t step = rows_ahead(channels * sizeof(T));
+  const Rows to(out);
+  const ScatterSource source{Rows(tokens), Rows(x), inverse, num_tokens};
+  A* added = accumulate_scratch.get<A>(channels);
   int64_t image = -1;
-  const auto source = [&](const RowWalk& at, int32_t r) {
-    return r >= 0 ? moved(at.image, r) : skipped(at.image, at.row);
-  };
-  RowWalk walk(begin, num_tokens), ahead(begin + kRowsAhead, num_tokens);
-  for (int64_t item = begin; item < end; ++item, walk.next(), ahead.next()) {
-    const int32_t r = inverse[item];
-    char* row = to(walk.image, walk.row);
-    const char* from = source(walk, r);
-    const char* next = item + kRowsAhead < end ? source(ahead, inverse[item + kRowsAhead]) : from;
-    if (r >= 0) {
-      copy_row(row, from, stride, channels, sizeof(T), next);
-    } else if (zeros) {
-      prefetch_row(next, channels * sizeof(T));
-      std::memset(row, 0, channels * sizeof(T));
-    } else if (update == nullptr) {
-      copy_row(row, from, x_stride, channels, sizeof(T), next);
-    } else {
-      if (walk.image != image) {
-        image = walk.image;
-        widen_row(added, at<T>(*update, image), update->stride[1], channels);
-      }
-      prefetch_row(next, channels * sizeof(T));
-      const T* contiguous_row =
-          contiguous(reinterpret_cast<const T*>(from), x_stride, channels, row_scratch);
-      add_row(reinterpret_cast<T*>(row), contiguous_row, added, channels);
-    }
-  }
+  for_rows(begin, end, num_tokens, step, source,
+           [&](const RowWalk& walk, const char* from, const char* later) {
+             char* row = to(walk.image, walk.row);
+             if (source.kept(walk)) {
+               copy_row(row, from, stride, channels, sizeof(T), later,
+                        row + step / 2 * to.row_bytes);
+               return;
+             }
+             if (walk.image != image) {
+               image = walk.image;
+               widen_row(added, at<T>(update, image), update.stride[1], channels);
+             }
+             prefetch_row(later, channels * sizeof(T));
+             const T* contiguous_row =
+                 contiguous(reinterpret_cast<const T*>(from), x_stride, channels, row_scratch);
+             add_row(reinterpret_cast<T*>(row), contiguous_row, added, channels);
+           });
 }
 
 void scatter_rows(const View* x, const View& tokens, const View* update, const int32_t* inverse,
                   const View& out, int64_t begin, int64_t end) {
-  by_dtype(out.dtype, [&](auto element) {
-    scatter_rows_of<decltype(element)>(x, tokens, update, inverse, out, begin, end);
-  });
+  if (update != nullptr) {
+    by_dtype(out.dtype, [&](auto element) {
+      scatter_rows_adding<decltype(element)>(*x, tokens, *update, inverse, out, begin, end);
+    });
+    return;
+  }
+  const int64_t num_tokens = out.size[1], channels = out.size[2];
+  const int64_t element_size = out.element_size;
+  // Without x the other rows are copies of one row of zeros.
+  View zeros = out;
+  zeros.stride[0] = zeros.stride[1] = 0;
+  if (x == nullptr) {
+    zeros.data = row_scratch.get<char>(channels * element_size);
+    std::memset(zeros.data, 0, channels * element_size);
+    x = &zeros;
+  }
+  const int64_t stride = tokens.stride[2], x_stride = x->stride[2];
+  const bool contiguous = stride == 1 && x_stride == 1;
+  const int64_t step = rows_ahead(channels * element_size);
+  const Rows to(out);
+  const ScatterSource source{Rows(tokens), Rows(*x), inverse, num_tokens};
+  for_rows(begin, end, num_tokens, step, source,
+           [&](const RowWalk& at, const char* from, const char* later) {
+             char* row = to(at.image, at.row);
+             copy_row(row, from,
+                      contiguous        ? 1
+                      : source.kept(at) ? stride
+                                        : x_stride,
+                      channels, element_size, later, row + step / 2 * to.row_bytes);
+           });
 }
 
 // ------------------------------------------------------------------------------- column sums
@@ -1017,6 +1075,7 @@ void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wi
   const int64_t num_tokens = x.size[1], channels = x.size[2];
   const int64_t heads = grad_scores.size[1], num_patches = grad_scores.size[2];
   const int64_t num_prefix = num_tokens - num_patches;
+  const int64_t step = rows_ahead(channels * x.element_size);
   A* grad_fused = accumulate_scratch.get<A>(channels);
   int64_t image = -1;
   RowWalk walk(begin, num_tokens);
@@ -1028,8 +1087,8 @@ void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wi
     }
     const int64_t patch = row - num_prefix;
     const int32_t r = inverse[item];
-    if (x.stride[2] == 1 && row + kRowsAhead < num_tokens && inverse[item + kRowsAhead] < 0) {
-      prefetch_row(address(x, b, row + kRowsAhead), channels * x.element_size);
+    if (x.stride[2] == 1 && row + step < num_tokens && inverse[item + step] < 0) {
+      prefetch_row(address(x, b, row + step), channels * x.element_size);
     }
     A grad_mean = 0;
     if (r >= 0) {
