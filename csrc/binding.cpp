@@ -253,7 +253,7 @@ void move_rows(const View& x, const View& index, const View& out) {
 struct Selection {
   View x;
   bool wide;         // scores, and so their mean, are float64
-  const void* mean;  // (B, n) in the caller's scratch
+  const void* mean;  // (B, n), the scores themselves or in the caller's scratch
   Tensor tokens;     // (B, P+K+extra_rows, C), the first P+K rows filled
   Tensor index;      // (B, P+K)
   View out;
@@ -262,6 +262,10 @@ struct Selection {
 
 const void* mean_scores(const View& scores) {
   const int64_t batch = scores.size[0], n = scores.size[2];
+  const bool as_sums = scores.dtype == DType::kFloat32 || scores.dtype == DType::kFloat64;
+  if (scores.size[1] == 1 && as_sums && scores.stride[2] == 1 && scores.stride[0] == n) {
+    return scores.data;  // the mean over one head
+  }
   void* mean = caller_scratch<Byte16>((batch * n * 8 + 15) / 16);
   for_items(batch, scores.size[1] * n * scores.element_size,
             [&](int64_t begin, int64_t end) { kernels().head_mean(scores, mean, begin, end); });
