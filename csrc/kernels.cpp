@@ -57,12 +57,14 @@ template <class T>
 struct Type {
   using Sum = float;
   using Stored = Bits16;
+  using Packed = Bits32;  // a full register
 };
 template <>
 struct Type<float> {
   using Sum = float;
   using Reg = FloatReg;
   using Stored = FloatReg;
+  using Packed = FloatReg;
   typedef float Four __attribute__((vector_size(16)));
   typedef int32_t FourPlaces __attribute__((vector_size(16)));
   typedef float Eight __attribute__((vector_size(32)));
@@ -72,6 +74,7 @@ struct Type<double> {
   using Sum = double;
   using Reg = DoubleReg;
   using Stored = DoubleReg;
+  using Packed = DoubleReg;
   typedef double Four __attribute__((vector_size(32)));
   typedef int64_t FourPlaces __attribute__((vector_size(32)));
   typedef double Eight __attribute__((vector_size(64)));
@@ -102,12 +105,10 @@ inline Bits16 truncate(Bits32 v) {
 #endif
 }
 
-inline FloatReg widen(FloatReg v, float) { return v; }
-inline DoubleReg widen(DoubleReg v, double) { return v; }
-inline FloatReg widen(Bits16 v, BFloat) { return bit_cast<FloatReg>(zero_extend(v) << 16); }
+// From and to the low half of each lane; the high one is 0.
+inline FloatReg from_low(Bits32 bits, BFloat) { return bit_cast<FloatReg>(bits << 16); }
 // Subnormals go through a subtraction of normal numbers, so flush-to-zero modes do not touch them.
-inline FloatReg widen(Bits16 v, Half) {
-  const Bits32 bits = zero_extend(v);
+inline FloatReg from_low(Bits32 bits, Half) {
   const Bits32 magnitude = bits & 0x7fff;
   const Bits32 normal = (magnitude << 13) + (112u << 23);
   const Bits32 smallest = (magnitude << 13) + (113u << 23);
@@ -119,15 +120,13 @@ inline FloatReg widen(Bits16 v, Half) {
 }
 
 // Round to nearest even, NaN to the quiet NaN: as torch rounds.
-inline FloatReg narrow(FloatReg v, float) { return v; }
-inline DoubleReg narrow(DoubleReg v, double) { return v; }
-inline Bits16 narrow(FloatReg v, BFloat) {
+inline Bits32 to_high(FloatReg v, BFloat) {  // whatever is left in the low half
   const Bits32 bits = bit_cast<Bits32>(v);
-  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits32 result = v != v ? Bits32{} + 0x7fc0 : rounded;
-  return truncate(result);
+  const Bits32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return v != v ? Bits32{} + 0x7fc00000 : rounded;
 }
-inline Bits16 narrow(FloatReg v, Half) {
+inline Bits32 to_low(FloatReg v, BFloat) { return to_high(v, BFloat{}) >> 16; }
+inline Bits32 to_low(FloatReg v, Half) {
   const Bits32 bits = bit_cast<Bits32>(v);
   const Bits32 magnitude = bits & 0x7fffffff;
   const Bits32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -136,7 +135,38 @@ inline Bits16 narrow(FloatReg v, Half) {
   Bits32 result = magnitude < 0x38800000 ? subnormal : normal;
   result = magnitude >= 0x47800000 ? Bits32{} + 0x7c00 : result;
   result = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : result;
-  return truncate(result | ((bits >> 16) & 0x8000));
+  return result | ((bits >> 16) & 0x8000);
+}
+inline Bits32 to_high(FloatReg v, Half) { return to_low(v, Half{}) << 16; }
+
+inline FloatReg widen(FloatReg v, float) { return v; }
+inline DoubleReg widen(DoubleReg v, double) { return v; }
+template <class T>
+inline FloatReg widen(Bits16 v, T) {
+  return from_low(zero_extend(v), T{});
+}
+inline FloatReg narrow(FloatReg v, float) { return v; }
+inline DoubleReg narrow(DoubleReg v, double) { return v; }
+template <class T>
+inline Bits16 narrow(FloatReg v, T) {
+  return truncate(to_low(v, T{}));
+}
+
+// A register of elements as they lie in memory, and f(part, index) of what they are computed in: of
+// 16-bit elements first those at even places, then those at odd ones. That takes no shuffle, and
+// one store of a whole register.
+template <class F>
+inline FloatReg map_parts(FloatReg v, float, F f) {
+  return f(v, 0);
+}
+template <class F>
+inline DoubleReg map_parts(DoubleReg v, double, F f) {
+  return f(v, 0);
+}
+template <class T, class F>
+inline Bits32 map_parts(Bits32 v, T, F f) {
+  const FloatReg even = f(from_low(v & 0xffff, T{}), 0), odd = f(from_low(v >> 16, T{}), 1);
+  return to_low(even, T{}) | (to_high(odd, T{}) & 0xffff0000);
 }
 
 template <class A>
@@ -373,8 +403,8 @@ class Scratch {
 };
 
 thread_local Scratch row_scratch;         // a row gathered from strided memory
-thread_local Scratch other_row_scratch;   // a second one
 thread_local Scratch accumulate_scratch;  // a row, or all scores of an image, as accumulators
+thread_local Scratch split_scratch;       // a row from split_row
 thread_local Scratch key_scratch;         // the sort keys of an image
 
 template <class T>
@@ -422,13 +452,6 @@ inline int64_t rows_ahead(int64_t row_bytes) {
   return rows < 3 ? 3 : rows > kMostRowsAhead ? kMostRowsAhead : rows;
 }
 
-// Bytes between the row being written and the one fetched for later. Short rows gain: gather_rows,
-// B 64, N 577, C 384 in bfloat16 on one thread, from 0.96 to 1.04 of a copy's speed. Long ones lose
-// what they would have kept in the cache: N 197, C 768 in float32 falls from 0.92 to 0.80.
-inline int64_t output_ahead(int64_t row_bytes) {
-  return row_bytes < 1024 ? rows_ahead(row_bytes) / 2 * row_bytes : 0;
-}
-
 inline void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) {
     __builtin_prefetch(row + i);
@@ -436,14 +459,12 @@ inline void prefetch_row(const char* row, int64_t bytes) {
 }
 
 // Copies a row in whole registers, not with a library call for each, and fetches as many bytes of
-// rows needed later: of `next` to read them, of `next_out`, where given, to write them. Register by
-// register: an array of them GCC 12 also stores on the stack, which made every copy write twice.
-inline void copy_bytes(char* out, const char* in, int64_t n, const char* next,
-                       const char* next_out) {
+// `next`, which is needed later. Register by register: an array of them GCC 12 also stores on the
+// stack, which made every copy write twice.
+inline void copy_bytes(char* out, const char* in, int64_t n, const char* next) {
   int64_t i = 0;
   for (; i + 64 <= n; i += 64) {
     __builtin_prefetch(next + i);
-    __builtin_prefetch(next_out + i, 1);
     for (int64_t j = i; j < i + 64; j += kRegisterBytes) {
       Bytes v;
       std::memcpy(&v, in + j, sizeof(v));
@@ -452,15 +473,14 @@ inline void copy_bytes(char* out, const char* in, int64_t n, const char* next,
   }
   if (i < n) {
     __builtin_prefetch(next + i);
-    __builtin_prefetch(next_out + i, 1);
     std::memcpy(out + i, in + i, n - i);
   }
 }
 
 inline void copy_row(char* out, const char* in, int64_t stride, int64_t n, int64_t element_size,
-                     const char* next, const char* next_out) {
+                     const char* next) {
   if (stride == 1 || n <= 1) {
-    copy_bytes(out, in, n * element_size, next, next_out);
+    copy_bytes(out, in, n * element_size, next);
   } else if (element_size == 2) {
     copy_strided<uint16_t>(out, in, stride, n);
   } else if (element_size == 4) {
@@ -473,42 +493,49 @@ inline void copy_row(char* out, const char* in, int64_t stride, int64_t n, int64
 inline void copy_row(void* out, const void* in, int64_t stride, int64_t n, int64_t element_size) {
   char* to = static_cast<char*>(out);
   const char* from = static_cast<const char*>(in);
-  copy_row(to, from, stride, n, element_size, from, to);
+  copy_row(to, from, stride, n, element_size, from);
 }
 
-// item -> (item / rows, item % rows) without a division a row: 10 ns where a row is copied in 30.
+// The rows of a tensor (B, rows, C) from the item-th on, without a division or product a row.
 struct RowWalk {
-  int64_t image, row, rows;
+  char* address;
+  int64_t image, left, rows, row_bytes, gap;
 
-  RowWalk(int64_t item, int64_t rows) : image(item / rows), row(item % rows), rows(rows) {}
+  RowWalk(const Rows& of, int64_t rows, int64_t item)
+      : address(of(item / rows, item % rows)),
+        image(item / rows),
+        left(rows - item % rows),
+        rows(rows),
+        row_bytes(of.row_bytes),
+        gap(of.image_bytes - rows * of.row_bytes) {}
   void next() {
-    if (++row == rows) {
-      row = 0;
+    address += row_bytes;
+    if (--left == 0) {
+      left = rows;
+      address += gap;
       ++image;
     }
   }
 };
 
-// each(walk, source, later source) for the items [begin, end), `rows` an image. source(walk) is the
-// address of the row an item is made from; it is asked for once, `step` rows ahead of its use.
-template <class Source, class Each>
-inline __attribute__((always_inline)) void for_rows(int64_t begin, int64_t end, int64_t rows,
-                                                    int64_t step, Source source, Each each) {
+// each(item, source, later source) for the items [begin, end). next_source() is the address of the
+// row that the next item is made from; it is asked for `step` rows ahead of its use.
+template <class NextSource, class Each>
+inline __attribute__((always_inline)) void for_rows(int64_t begin, int64_t end, int64_t step,
+                                                    NextSource next_source, Each each) {
   const char* sources[kMostRowsAhead];
-  RowWalk walk(begin, rows), ahead(begin, rows);
-  const uint64_t count = end - begin, lead = step;
-  for (uint64_t i = 0; i < count && i < lead; ++i, ahead.next()) {
-    sources[i] = source(ahead);
+  for (int64_t i = 0; i < step && i < end - begin; ++i) {
+    sources[i] = next_source();
   }
-  for (uint64_t i = 0; i < count; ++i, walk.next()) {
-    const char* from = sources[i % kMostRowsAhead];
+  uint64_t place = 0, later_place = step;
+  for (int64_t item = begin; item < end; ++item) {
+    const char* from = sources[place++ % kMostRowsAhead];
     const char* later = from;
-    if (i + lead < count) {
-      later = source(ahead);
-      sources[(i + lead) % kMostRowsAhead] = later;
-      ahead.next();
+    if (item + step < end) {
+      later = next_source();
+      sources[later_place++ % kMostRowsAhead] = later;
     }
-    each(walk, from, later);
+    each(item, from, later);
   }
 }
 
@@ -522,11 +549,11 @@ inline const char* choose(bool kept, const char* x, const char* y) {
 
 // The row itself where it is contiguous, else a copy of it.
 template <class T>
-inline const T* contiguous(const T* row, int64_t stride, int64_t n, Scratch& scratch) {
+inline const T* contiguous(const T* row, int64_t stride, int64_t n) {
   if (stride == 1 || n <= 1) {
     return row;
   }
-  T* copy = scratch.get<T>(n);
+  T* copy = row_scratch.get<T>(n);
   copy_row(copy, row, stride, n, sizeof(T));
   return copy;
 }
@@ -534,7 +561,7 @@ inline const T* contiguous(const T* row, int64_t stride, int64_t n, Scratch& scr
 // A row as accumulators.
 template <class A, class T>
 SKIPVIT_FLATTEN inline void widen_row(A* out, const T* row, int64_t stride, int64_t n) {
-  const T* from = contiguous(row, stride, n, row_scratch);
+  const T* from = contiguous(row, stride, n);
   for_lanes(n, [&](int64_t i, auto count) { store<A>(out + i, load<A>(from + i, count), count); });
 }
 
@@ -581,9 +608,7 @@ SKIPVIT_FLATTEN inline void dot_tokens(const A* query, const T* key, int64_t tok
                                        A* out) {
   if (count < 4 || (channel_step != 1 && width > 1)) {
     for (int64_t i = 0; i < count; ++i) {
-      out[i] =
-          scale *
-          dot(query, contiguous(key + i * token_step, channel_step, width, row_scratch), width);
+      out[i] = scale * dot(query, contiguous(key + i * token_step, channel_step, width), width);
     }
     return;
   }
@@ -716,7 +741,7 @@ SKIPVIT_FLATTEN void head_mean_of(const View& scores, A* mean, int64_t begin, in
   for (int64_t b = begin; b < end; ++b) {
     A* out = mean + b * n;
     for (int64_t h = 0; h < heads; ++h) {
-      const T* row = contiguous(at<T>(scores, b, h), scores.stride[2], n, row_scratch);
+      const T* row = contiguous(at<T>(scores, b, h), scores.stride[2], n);
       for_lanes(n, [&](int64_t i, auto count) {
         const Vec<A> score = load<A>(row + i, count);
         store<A>(out + i, h == 0 ? score : load<A>(out + i, count) + score, count);
@@ -952,40 +977,90 @@ IndexCheck invert_index(const View& index, int64_t num_tokens, int32_t* inverse,
 }
 
 void gather_rows(const View& x, const View& index, const View& out, int64_t begin, int64_t end) {
+  const int64_t rows = index.size[1];
   const int64_t channels = x.size[2], stride = x.stride[2], element_size = x.element_size;
-  const int64_t step = rows_ahead(channels * element_size);
-  const int64_t out_ahead = output_ahead(channels * element_size);
-  const Rows from(x), to(out), indices(index);
-  const auto source = [&](const RowWalk& at) {
+  const Rows from(x);
+  RowWalk indices(Rows(index), rows, begin), to(Rows(out), rows, begin);
+  const auto next_source = [&] {
     int64_t row;
-    std::memcpy(&row, indices(at.image, at.row), sizeof(row));
-    return from(at.image, row);
+    std::memcpy(&row, indices.address, sizeof(row));
+    const char* source = from(indices.image, row);
+    indices.next();
+    return source;
   };
-  for_rows(begin, end, index.size[1], step, source,
-           [&](const RowWalk& at, const char* row, const char* later) {
-             char* out_row = to(at.image, at.row);
-             copy_row(out_row, row, stride, channels, element_size, later, out_row + out_ahead);
+  for_rows(begin, end, rows_ahead(channels * element_size), next_source,
+           [&](int64_t, const char* row, const char* later) {
+             copy_row(to.address, row, stride, channels, element_size, later);
+             to.next();
            });
 }
 
-// out = x + update, the update as accumulators.
-template <class T, class A>
-SKIPVIT_FLATTEN inline void add_row(T* out, const T* x, const A* update, int64_t n) {
-  for_lanes(n, [&](int64_t i, auto count) {
-    store<A>(out + i, load<A>(x + i, count) + load<A>(update + i, count), count);
-  });
+// A row as the parts of map_parts, in their order; out takes whole registers.
+template <class T>
+SKIPVIT_FLATTEN inline void split_row(typename Type<T>::Sum* out, const T* row, int64_t stride,
+                                      int64_t n) {
+  using Packed = typename Type<T>::Packed;
+  const T* from = contiguous(row, stride, n);
+  for (int64_t i = 0; i < n; i += sizeof(Packed) / sizeof(T)) {
+    const int64_t left = (n - i) * sizeof(T);
+    Packed v{};
+    std::memcpy(&v, from + i, left < kRegisterBytes ? left : kRegisterBytes);
+    map_parts(v, T{}, [&](auto part, int64_t) {
+      std::memcpy(out, &part, sizeof(part));
+      out += sizeof(part) / sizeof(*out);
+      return part;
+    });
+  }
 }
 
-// The addresses of what the rows of out are made from.
-struct ScatterSource {
-  Rows tokens, x;
-  const int32_t* inverse;
-  int64_t num_tokens;
+// out = copied ? row : f(row, other), other from split_row. Both are computed and one is chosen: a
+// branch on rows kept at random costs 4 ns a row, where 384 bytes are copied in 8. Sorting the rows
+// by kind, 16 at a time, costs more at the memory. Fetches as copy_bytes does.
+template <class T, class F>
+SKIPVIT_FLATTEN inline void copy_or_map(T* out, const T* row, const typename Type<T>::Sum* other,
+                                        int64_t n, bool copied, const char* next, F f) {
+  using Packed = typename Type<T>::Packed;
+  const Bits32 mask = Bits32{} - static_cast<uint32_t>(copied);
+  const auto registers = [&](auto v) {
+    const Packed mapped = map_parts(v, T{}, [&](auto part, int64_t index) {
+      decltype(part) with;
+      std::memcpy(&with, other + index * (sizeof(part) / sizeof(*other)), sizeof(with));
+      return f(part, with);
+    });
+    return bit_cast<Packed>((bit_cast<Bits32>(v) & mask) | (bit_cast<Bits32>(mapped) & ~mask));
+  };
+  constexpr int64_t kCount = kRegisterBytes / sizeof(T);
+  int64_t i = 0;
+  for (; i + kCount <= n; i += kCount, other += kCount) {
+    __builtin_prefetch(next + i * sizeof(T));
+    Packed v;
+    std::memcpy(&v, row + i, sizeof(v));
+    v = registers(v);
+    std::memcpy(out + i, &v, sizeof(v));
+  }
+  if (i < n) {
+    Packed v{};
+    std::memcpy(&v, row + i, (n - i) * sizeof(T));
+    v = registers(v);
+    std::memcpy(out + i, &v, (n - i) * sizeof(T));
+  }
+}
 
-  bool kept(const RowWalk& at) const { return inverse[at.image * num_tokens + at.row] >= 0; }
-  const char* operator()(const RowWalk& at) const {
-    const int32_t r = inverse[at.image * num_tokens + at.row];
-    return choose(r >= 0, tokens(at.image, r), x(at.image, at.row));
+// The addresses of the rows that those of (B, N, C) are made from: inverse of them from `kept`,
+// else their own of `others`.
+struct ChosenRows {
+  Rows kept;
+  RowWalk others;
+  const int32_t* rank;
+
+  ChosenRows(const View& kept, const View& others, const int32_t* inverse, int64_t num_tokens,
+             int64_t begin)
+      : kept(kept), others(Rows(others), num_tokens, begin), rank(inverse + begin) {}
+  const char* operator()() {
+    const int32_t r = *rank++;
+    const char* source = choose(r >= 0, kept(others.image, r), others.address);
+    others.next();
+    return source;
   }
 };
 
@@ -995,27 +1070,26 @@ void scatter_rows_adding(const View& x, const View& tokens, const View& update,
   using A = typename Type<T>::Sum;
   const int64_t num_tokens = out.size[1], channels = out.size[2];
   const int64_t stride = tokens.stride[2], x_stride = x.stride[2];
-  const int64_t step = rows_ahead(channels * sizeof(T));
-  const int64_t out_ahead = output_ahead(channels * sizeof(T));
-  const Rows to(out);
-  const ScatterSource source{Rows(tokens), Rows(x), inverse, num_tokens};
-  A* added = accumulate_scratch.get<A>(channels);
+  const bool all_contiguous = stride == 1 && x_stride == 1;
+  RowWalk to(Rows(out), num_tokens, begin);
+  A* added = accumulate_scratch.get<A>(channels + 2 * kLanes);
   int64_t image = -1;
-  for_rows(begin, end, num_tokens, step, source,
-           [&](const RowWalk& walk, const char* from, const char* later) {
-             char* row = to(walk.image, walk.row);
-             if (source.kept(walk)) {
-               copy_row(row, from, stride, channels, sizeof(T), later, row + out_ahead);
-               return;
+  for_rows(begin, end, rows_ahead(channels * sizeof(T)),
+           ChosenRows(tokens, x, inverse, num_tokens, begin),
+           [&](int64_t item, const char* from, const char* later) {
+             if (to.image != image) {
+               image = to.image;
+               split_row(added, at<T>(update, image), update.stride[1], channels);
              }
-             if (walk.image != image) {
-               image = walk.image;
-               widen_row(added, at<T>(update, image), update.stride[1], channels);
-             }
-             prefetch_row(later, channels * sizeof(T));
-             const T* contiguous_row =
-                 contiguous(reinterpret_cast<const T*>(from), x_stride, channels, row_scratch);
-             add_row(reinterpret_cast<T*>(row), contiguous_row, added, channels);
+             const bool kept = inverse[item] >= 0;
+             const T* row = contiguous(reinterpret_cast<const T*>(from),
+                                       all_contiguous ? 1
+                                       : kept         ? stride
+                                                      : x_stride,
+                                       channels);
+             copy_or_map(reinterpret_cast<T*>(to.address), row, added, channels, kept, later,
+                         [](auto x, auto u) { return x + u; });
+             to.next();
            });
 }
 
@@ -1038,20 +1112,16 @@ void scatter_rows(const View* x, const View& tokens, const View* update, const i
     x = &zeros;
   }
   const int64_t stride = tokens.stride[2], x_stride = x->stride[2];
-  const bool contiguous = stride == 1 && x_stride == 1;
-  const int64_t step = rows_ahead(channels * element_size);
-  const int64_t out_ahead = output_ahead(channels * element_size);
-  const Rows to(out);
-  const ScatterSource source{Rows(tokens), Rows(*x), inverse, num_tokens};
-  for_rows(begin, end, num_tokens, step, source,
-           [&](const RowWalk& at, const char* from, const char* later) {
-             char* row = to(at.image, at.row);
-             copy_row(row, from,
-                      contiguous        ? 1
-                      : source.kept(at) ? stride
-                                        : x_stride,
-                      channels, element_size, later, row + out_ahead);
-           });
+  const bool all_contiguous = stride == 1 && x_stride == 1;
+  RowWalk to(Rows(out), num_tokens, begin);
+  for_rows(
+      begin, end, rows_ahead(channels * element_size),
+      ChosenRows(tokens, *x, inverse, num_tokens, begin),
+      [&](int64_t item, const char* from, const char* later) {
+        const int64_t from_stride = all_contiguous ? 1 : inverse[item] >= 0 ? stride : x_stride;
+        copy_row(to.address, from, from_stride, channels, element_size, later);
+        to.next();
+      });
 }
 
 // ------------------------------------------------------------------------------- column sums
@@ -1163,51 +1233,57 @@ void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wi
                       int64_t begin, int64_t end) {
   const int64_t num_tokens = x.size[1], channels = x.size[2];
   const int64_t heads = grad_scores.size[1], num_patches = grad_scores.size[2];
-  const int64_t num_prefix = num_tokens - num_patches;
-  const int64_t step = rows_ahead(channels * x.element_size);
+  RowWalk to(Rows(grad_x), num_tokens, begin);
+  // The gradient of the fused token as dot takes it, and as copy_or_map does.
   A* grad_fused = accumulate_scratch.get<A>(channels);
+  auto* split_fused = split_scratch.get<typename Type<T>::Sum>(channels + 2 * kLanes);
   int64_t image = -1;
-  RowWalk walk(begin, num_tokens);
-  for (int64_t item = begin; item < end; ++item, walk.next()) {
-    const int64_t b = walk.image, row = walk.row;
-    if (b != image) {
-      image = b;
-      widen_row(grad_fused, at<T>(grad, b, grad.size[1] - 1), grad.stride[2], channels);
+  const auto each = [&](int64_t item, const char* from, const char* later) {
+    const int64_t patch = num_patches - to.left;
+    if (to.image != image) {
+      image = to.image;
+      const T* fused = at<T>(grad, image, grad.size[1] - 1);
+      widen_row(grad_fused, fused, grad.stride[2], channels);
+      split_row(split_fused, fused, grad.stride[2], channels);
     }
-    const int64_t patch = row - num_prefix;
-    const int32_t r = inverse[item];
-    if (x.stride[2] == 1 && row + step < num_tokens && inverse[item + step] < 0) {
-      prefetch_row(address(x, b, row + step), channels * x.element_size);
-    }
+    T* row = reinterpret_cast<T*>(to.address);
     A grad_mean = 0;
-    if (r >= 0) {
-      copy_row(at<T>(grad_x, b, row), at<T>(grad, b, r), grad.stride[2], channels, sizeof(T));
+    if (inverse[item] >= 0) {
+      copy_row(to.address, from, grad.stride[2], channels, sizeof(T), later);
     } else if (patch < 0) {
-      std::memset(at<T>(grad_x, b, row), 0, channels * sizeof(T));
+      std::memset(row, 0, channels * sizeof(T));
     } else {
-      const int64_t at_mean = b * num_patches + patch;
+      const int64_t at_mean = image * num_patches + patch;
       const A weight = static_cast<A>(wide ? static_cast<const double*>(mean)[at_mean]
                                            : static_cast<const float*>(mean)[at_mean]);
-      T* to = at<T>(grad_x, b, row);
-      const T* from = contiguous(at<T>(x, b, row), x.stride[2], channels, row_scratch);
-      const auto scale = [to, weight](int64_t i, const Vec<A>& v, auto count) {
-        store<A>(to + i, weight * v, count);
-      };
-      grad_mean = dot(grad_fused, from, channels, scale) / static_cast<A>(heads);
+      const T* dropped = contiguous(reinterpret_cast<const T*>(from), x.stride[2], channels);
+      if constexpr (std::is_same_v<A, typename Type<T>::Sum>) {
+        copy_or_map(row, dropped, split_fused, channels, false, later,
+                    [weight](auto, auto g) { return weight * g; });
+      } else {
+        for_lanes(channels, [&](int64_t i, auto count) {
+          store<A>(row + i, weight * load<A>(grad_fused + i, count), count);
+        });
+      }
+      grad_mean = dot(grad_fused, dropped, channels) / static_cast<A>(heads);
     }
-    if (patch >= 0) {
-      by_dtype(grad_scores.dtype, [&](auto element) {
-        using S = decltype(element);
-        for (int64_t h = 0; h < heads; ++h) {
-          if constexpr (std::is_same_v<S, A>) {
-            *at<S>(grad_scores, b, h, patch) = grad_mean;
-          } else {
-            store<A>(at<S>(grad_scores, b, h, patch), broadcast(grad_mean), 1);
-          }
+    to.next();
+    if (patch < 0) {
+      return;
+    }
+    by_dtype(grad_scores.dtype, [&](auto element) {
+      using S = decltype(element);
+      for (int64_t h = 0; h < heads; ++h) {
+        if constexpr (std::is_same_v<S, A>) {
+          *at<S>(grad_scores, image, h, patch) = grad_mean;
+        } else {
+          store<A>(at<S>(grad_scores, image, h, patch), broadcast(grad_mean), 1);
         }
-      });
-    }
-  }
+      }
+    });
+  };
+  for_rows(begin, end, rows_ahead(channels * sizeof(T)),
+           ChosenRows(grad, x, inverse, num_tokens, begin), each);
 }
 
 void fuse_backward(const View& grad, const View& x, const void* mean, bool wide,
