@@ -396,18 +396,19 @@ inline DoubleReg exp(DoubleReg v) {
 
 // ------------------------------------------------------------------------------- memory
 
-// Per-thread buffers that only grow: no allocation once the shapes have been seen.
+// Per-thread buffers that only grow: no allocation once the shapes have been seen. At a cache
+// line's start: else every load of a whole register is two.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
 
   template <class T>
   T* get(int64_t count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 64;
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) / 64 + 1) * 64;
     if (bytes > capacity_) {
       std::free(data_);
       capacity_ = 0;
-      data_ = std::malloc(bytes);
+      data_ = std::aligned_alloc(64, bytes);
       if (data_ == nullptr) {
         throw std::bad_alloc();
       }
