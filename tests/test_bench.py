@@ -240,7 +240,7 @@ def test_resident_peak_counts_what_is_written():
     if measure.resident_peak(lambda: None) is None:
         pytest.skip("needs Linux, glibc and a /proc/self/clear_refs that can be written")
     peak = measure.resident_peak(lambda: torch.ones(2**24).sum())  # 64 MiB
-    assert 64 * 2**20 <= peak < 80 * 2**20
+    assert 63 * 2**20 <= peak < 80 * 2**20  # Linux counts up to 64 pages of a thread late
 
 
 def test_layer_seconds_tell_the_slow_block():
