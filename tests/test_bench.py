@@ -4,6 +4,7 @@ import builtins
 import copy
 import csv
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -111,6 +112,57 @@ def test_a_given_model_is_used_and_left_as_it_is():
     assert not sk.is_patched(model) and dir(model) == names
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_each_variant_runs_as_the_job_says(training, monkeypatch):
+    """In its mode and precision, compiled, and dropping whatever the notation's warm-up."""
+    ran, compiled = [], []
+
+    def step(variant, images, labels=None, *, autocast):
+        dropping = getattr(variant.blocks, "dropping", False)
+        ran.append((dropping, variant.training, len(images), autocast))
+        return lambda: None
+
+    monkeypatch.setattr(measure, "training_step" if training else "forward_step", step)
+    monkeypatch.setattr(torch, "compile", lambda variant: compiled.append(variant) or variant)
+    found: list[Row] = []
+    bench.run(job(configs=("6(55%)+11:warmup=15",), training=training, bfloat16=True,
+                  compiled=True, memory=False, check=False), found)  # fmt: skip
+    assert ran == [(dropping, training, 2, torch.bfloat16) for dropping in (False, True, True)]
+    assert len(compiled) == 3
+    assert {(row.dtype, row.compiled) for row in found} == {("bfloat16", True)}
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64)
+    fewer = sk.activations(model) - sk.activations(model, "6(55%)+11")
+    assert found[1].activations_saved == (2 * 2 * fewer if training else None)
+
+
+def test_block_seconds_are_the_shortest_of_each(monkeypatch):
+    count, dropping = itertools.count(), []
+
+    def seconds(variant, images):
+        dropping.append(getattr(variant.blocks, "dropping", False))
+        call = next(count)
+        return [call, 10 - call]
+
+    monkeypatch.setattr(measure, "layer_seconds", seconds)
+    best = bench.block_seconds(job(configs=("6(55%)+11:warmup=15",)), rounds=2, warmup=1)
+    assert best == {"unpatched": [2, 6], "6(55%)+11:warmup=15": [3, 5]}
+    assert dropping == [False, True] * 3
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_memory_is_refused_from_the_byte_on_that_is_missing(training, monkeypatch):
+    """Activations and gradients of a training step, the largest block's of an inference."""
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64)
+    needed = 4 * 2 * sk.activations(model)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    needed = needed + 4 * weights if training else needed // 12
+    monkeypatch.setattr(bench, "_free_memory", lambda device: needed)
+    bench.check_memory(job(training=training), model)
+    monkeypatch.setattr(bench, "_free_memory", lambda device: needed - 1)
+    with pytest.raises(TooLittleMemory, match=r"deit_tiny_patch16_224, .* needs about"):
+        bench.check_memory(job(training=training), model)
 
 
 def test_an_interrupted_run_keeps_the_finished_rounds():
@@ -240,18 +292,30 @@ def test_resident_peak_counts_what_is_written():
     if measure.resident_peak(lambda: None) is None:
         pytest.skip("needs Linux, glibc and a /proc/self/clear_refs that can be written")
     peak = measure.resident_peak(lambda: torch.ones(2**24).sum())  # 64 MiB
-    assert 63 * 2**20 <= peak < 80 * 2**20  # Linux counts up to 64 pages of a thread late
+    assert 63 * 2**20 < peak < 80 * 2**20  # the kernel counts in batches of pages
+
+
+def test_resident_peak_counts_what_an_earlier_call_freed_and_this_one_uses_again():
+    def pieces():
+        return [torch.ones(2**13) for _ in range(2**11)]  # 64 MiB, so small that the heap keeps it
+
+    if measure.resident_peak(lambda: None) is None:
+        pytest.skip("needs Linux, glibc and a /proc/self/clear_refs that can be written")
+    *freed, last = pieces()  # the last stays, or the heap would shrink
+    del freed
+    assert measure.resident_peak(pieces) > 60 * 2**20
+    assert last.sum() == 2**13
 
 
 def test_layer_seconds_tell_the_slow_block():
     model = timm.create_model("deit_tiny_patch16_224", depth=4, img_size=32).eval()
     model.blocks[2].mlp.register_forward_pre_hook(lambda module, args: time.sleep(0.05))
     for config in ("", "2(50%)+4:cls"):
-        seconds = measure.layer_seconds(
-            sk.patch(copy.deepcopy(model), config), torch.randn(1, 3, 32, 32)
-        )
+        patched = sk.patch(copy.deepcopy(model), config)
+        hooks = [len(module._forward_pre_hooks) for module in patched.modules()]
+        seconds = measure.layer_seconds(patched, torch.randn(1, 3, 32, 32))
         assert len(seconds) == 4 and max(seconds) == seconds[2] > 0.05
-    assert not model.norm._forward_pre_hooks
+        assert [len(module._forward_pre_hooks) for module in patched.modules()] == hooks
 
 
 # ------------------------------------------------------------------------------ report
@@ -282,6 +346,53 @@ def test_the_page_has_every_number(rows, tmp_path):
         read = list(csv.DictReader(file))
     assert [r["config"] for r in read] == [row.config for row in rows]
     assert float(read[7]["speedup"]) == pytest.approx(rows[7].speedup, rel=1e-4)
+    assert [*read[0], "seconds"] == [field.name for field in dataclasses.fields(Row)]
+
+
+def fast_row(**values):
+    return Row(**{**dict(
+        model="deit", mode="training step", batch_size=2, image_size=64, device="cpu",
+        dtype="float32", compiled=False, cuda_graph=False, config="6(55%)+11",
+        images_per_second=12.34, speedup=1.2, paired_speedup=1.21, ideal_speedup=1.27,
+        floor_speedup=1.25, paired_floor_speedup=1.24, overhead=0.04, paired_overhead=0.05,
+        peak_memory=3 * 2**20, resident_memory=None, memory_saved=2**20, activations_saved=2**19,
+        threads=1, load=0.0, seconds=(0.1,)), **values})  # fmt: skip
+
+
+SLOW_ROW = fast_row(
+    config="unpatched", images_per_second=10.0, speedup=1.0, paired_speedup=1.0, ideal_speedup=1.0,
+    floor_speedup=None, overhead=None, paired_overhead=None, peak_memory=4 * 2**20, memory_saved=0,
+    activations_saved=0,
+)  # fmt: skip
+
+
+def test_each_cell_holds_the_figure_of_its_column():
+    assert dict(zip(report.COLUMNS, report.cells(fast_row(), medians=True), strict=True)) == {
+        "setting": "6(55%)+11",
+        "images/s": "12.3",
+        "speed-up": "1.200 (1.210)",
+        "sliced": "1.250",
+        "ideal": "1.270",
+        "routing overhead": "+4.0% (+5.0%)",
+        "peak memory": "3 MiB",
+    }
+    assert report.cells(fast_row(), medians=False)[2::3] == ["1.200", "+4.0%"]
+    assert report.cells(SLOW_ROW, medians=True) == ["unpatched", "10.0", "1", "", "1", "", "4 MiB"]
+
+
+def test_the_charts_draw_the_rows():
+    sliced = fast_row(config="sliced 6(55%)+11", peak_memory=None, memory_saved=None)
+    rows = [SLOW_ROW, fast_row(), sliced]
+
+    def drawn(figure):
+        (axes,) = figure.axes
+        marks = [[x for x, _ in marks.get_offsets().tolist()] for marks in axes.collections]
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        return names, [bar.get_width() for bar in axes.patches], marks
+
+    speed, memory = report.speedup_chart(rows), report.memory_chart(rows)
+    assert drawn(speed) == (["6(55%)+11"], [1.2], [[1.27], [1.25]])  # the ideal, the floor
+    assert drawn(memory) == (["unpatched", "6(55%)+11"], [4, 3], [[4, 3.5]])
 
 
 def test_charts_need_something_to_draw(rows):
@@ -292,7 +403,7 @@ def test_charts_need_something_to_draw(rows):
 # ------------------------------------------------------------------------------ advise
 
 
-def fake_run(speedups, control=1.0, rounds=8):
+def fake_run(speedups, control=1.0, rounds=8, seconds=0.001):
     """bench.run with given speed-ups by configuration: (patched, sliced)."""
 
     def run(job, rows, *, model=None, on_call=None):
@@ -308,7 +419,7 @@ def fake_run(speedups, control=1.0, rounds=8):
                 Row(job.model, "forward", job.batch_size, 224, "cpu", "float32", False, False, name,
                     1.0, speed, speed, sk.ideal_speedup(model, text), None if plain else floor,
                     None if plain else floor, floor / speed - 1, floor / speed - 1, None, None,
-                    None, None, 1, 0.0, (0.001,) * rounds)
+                    None, None, 1, 0.0, (seconds,) * rounds)
             )  # fmt: skip
 
     return run
@@ -370,6 +481,24 @@ def test_advice_takes_the_largest_batch_that_fits(model, monkeypatch):
     advice = advise(model, 64)
     assert "batch 4, cpu" in advice.workload
     assert advice.notes == ("Measured at batch 4, not 64: batch 8 is too much.",)
+
+
+def test_advice_is_of_the_batch_that_the_time_allows(model, monkeypatch):
+    """Nine variants at a second each, and five rounds of twice that are more than a minute."""
+    monkeypatch.setattr(bench, "run", fake_run({}, seconds=1.0))
+    advice = advise(model, 8, seconds=60)
+    assert ", batch 1, " in advice.workload
+    assert "Batch 8 would take longer than 60 s: measured at batch 1." in str(advice)
+    monkeypatch.setattr(bench, "run", fake_run({}))
+    advice = advise(model, 8, seconds=60)
+    assert ", batch 8, " in advice.workload and "would take longer" not in str(advice)
+
+
+def test_advice_for_a_patched_model_leaves_it_patched(model, monkeypatch):
+    sk.patch(model, "4(50%)+7", warmup_epochs=2)
+    monkeypatch.setattr(bench, "run", fake_run({":cls": (1.07, 1.07)}))
+    assert advise(model, 8).recommended == ":cls"
+    assert str(model.blocks.config) == "4(50%)+7:warmup=2"
 
 
 def test_advice_names_arithmetic_that_allows_nothing(model, monkeypatch):

@@ -112,6 +112,9 @@ def test_it_stays_on_during_the_warm_up(images):
     sk.set_epoch(model, 2)
     assert not torch.allclose(model(images), dense, rtol=1e-4, atol=1e-5)
     assert rows == [1, 1]
+    sk.set_epoch(model, 0)
+    with pytest.raises(RuntimeError, match="layer 12 computes only what the head reads"):
+        model.forward_intermediates(images)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -199,6 +202,21 @@ def hooked():
     return model
 
 
+def hooked_behind():
+    model = vit()
+    model.blocks[-1].attn.qkv.register_forward_hook(lambda module, args, output: None)
+    return model
+
+
+def own_linear():
+    class LoRA(nn.Linear):
+        pass
+
+    model = vit()
+    model.blocks[-1].attn.qkv.__class__ = LoRA
+    return model
+
+
 REFUSED = {
     "average pool": (
         lambda: vit(global_pool="avg"),
@@ -211,6 +229,8 @@ REFUSED = {
     "unknown head": (my_model, ":cls", "cls_only_last_block needs a timm VisionTransformer or"),
     "adapter": (low_rank, ":cls", "cls_only_last_block reads the query's part of attn.qkv.weight"),
     "hook": (hooked, ":cls", "cls_only_last_block reads the query's part of attn.qkv.weight"),
+    "hook behind": (hooked_behind, ":cls", "cls_only_last_block reads the query's part of attn.q"),
+    "subclass": (own_linear, ":cls", "cls_only_last_block reads the query's part of attn.qkv.weig"),
     "drop in the last layer": (
         vit,
         "12(50%):cls",

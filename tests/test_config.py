@@ -135,6 +135,11 @@ def test_the_notation_comes_back_as_written(text):
     assert str(sk.SkipConfig.parse(text)) == text
 
 
+def test_an_argument_sets_the_warm_up_over_the_notation():
+    config = sk.SkipConfig.parse("6(55%)+11:mean,warmup=15", warmup_epochs=3)
+    assert str(config) == "6(55%)+11:mean,warmup=3"
+
+
 def test_a_float_means_the_decimal_that_it_prints_as():
     assert sk.SkipConfig(6, 0.55, 11) == sk.SkipConfig.parse("6(55%)+11")
     assert sk.SkipConfig([4, 7], ["30/100", 0.3], 10) == sk.SkipConfig.parse("4,7(30%,30%)+10")

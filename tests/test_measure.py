@@ -96,6 +96,17 @@ def test_training_step_trains_and_holds_no_gradients():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_steps_run_under_autocast_and_inference_records_nothing(autocast):
+    model, seen = torch.nn.Linear(4, 3), []
+    model.register_forward_hook(lambda _, args, out: seen.append((out.dtype, out.requires_grad)))
+    images, labels = torch.randn(8, 4), torch.randint(3, (8,))
+    measure.forward_step(model, images, autocast=autocast)()
+    measure.training_step(model, images, labels, autocast=autocast)()
+    dtype = autocast or torch.float32
+    assert seen == [(dtype, False), (dtype, True)]
+
+
 def test_interleave_takes_turns_without_garbage_collection():
     turns = []
     calls = {name: lambda name=name: turns.append((name, gc.isenabled())) for name in "AB"}

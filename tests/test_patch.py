@@ -5,6 +5,7 @@ import inspect
 import io
 import math
 import pickle
+from fractions import Fraction
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import skipvit_kernels as sk
+from skipvit_kernels import skip_block
 from skipvit_kernels.config import num_kept
 from skipvit_kernels.patch import SkipSequential
 
@@ -153,8 +155,19 @@ def test_verify_catches_a_model_whose_routing_changes_it(images):
     model.blocks[5].attn.scale *= 1.5  # SDPA does not look at it; the routing must not either
     assert sk.verify(model, "6(55%)+11").identical
     model.blocks[5].attn.forward = lambda x, attn_mask=None, is_causal=False: 2 * x
-    with pytest.raises(RuntimeError, match=r"VisionTransformer with 6.0%..11 must agree"):
-        sk.verify(model, "6(55%)+11")
+    for text in ("6(55%)+11", "6(55%)+11:warmup=15"):
+        with pytest.raises(RuntimeError, match=r"VisionTransformer with 6.0%..11 must agree"):
+            sk.verify(model, text)
+
+
+@pytest.mark.parametrize("text", ["6(55%)+11", ":cls"])  # identical, and run again in double
+def test_verify_leaves_the_model_as_it_is(text):
+    model = sk.patch(vit().train(), "4(50%)+7", warmup_epochs=2)
+    before, config = everything_about(model), model.blocks.config
+    sk.verify(model, text)
+    assert everything_about(model) == before and model.blocks.config == config
+    assert all(module.training for module in model.modules())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("text", CONFIGS)
@@ -172,11 +185,32 @@ def test_each_block_sees_the_tokens_that_the_config_counts(images, text):
 
 
 def test_eager_attention_is_respected(images):
-    """TIMM_FUSED_ATTN=0: no SDPA in the patched model either."""
+    """TIMM_FUSED_ATTN=0: no SDPA in the patched model either, and scores at attention's scale."""
     model = vit().eval()
     for block in model.blocks:
         block.attn.fused_attn = False
+        block.attn.scale *= 40
     assert sk.verify(model, "6(55%)+11").identical
+    for text in ("6(55%)+11", "6(45%)+fused"):
+        expected = plain_skipvit(model, images, sk.SkipConfig.parse(text))
+        torch.testing.assert_close(sk.patch(model, text)(images), expected, rtol=1e-4, atol=1e-5)
+        sk.unpatch(model)
+
+
+def test_the_mean_update_is_taken_in_float32(monkeypatch):
+    """Around 64 bfloat16 steps by 1/2: its means of 64 and of 64 + 1/8 would be the same."""
+    block = vit().bfloat16().blocks[0]
+    for parameter in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters()):
+        nn.init.zeros_(parameter)  # it moves nothing
+    scores = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]])
+    monkeypatch.setattr(skip_block, "cls_scores", lambda q, k, **options: scores)
+    x = torch.zeros(1, 7, 48, dtype=torch.bfloat16)
+    x[:, 1:5] = 64
+    moves = torch.tensor([0, 0.5, 0, 0, 0], dtype=torch.bfloat16)[:, None]
+    back = skip_block.skip_run(
+        x, [block, lambda tokens: tokens + moves], drop_ratio=Fraction("1/3"), rejoin_update="mean"
+    )
+    assert back[0, :, 0].tolist() == [0, 64.5, 64, 64, 64, 0.125, 0.125]
 
 
 def test_a_skip_block_is_the_patched_run(images):
@@ -285,14 +319,19 @@ def test_training_and_evaluation_both_drop(images):
         assert records[0].kept().sum(1).tolist() == [1 + 17] * 3
 
 
-def test_drop_path_and_dropout_draw_what_the_unpatched_model_draws(images):
+@pytest.mark.parametrize("fused", [True, False], ids=["SDPA", "eager"])
+def test_drop_path_and_dropout_draw_what_the_unpatched_model_draws(images, fused):
     """The same modules in the same order: with nothing dropped the random numbers agree."""
     model = vit(drop_path_rate=0.5, attn_drop_rate=0.3, proj_drop_rate=0.2).train()
+    for block in model.blocks:
+        block.attn.fused_attn = fused
     torch.manual_seed(1)
     expected = model(images)
     sk.patch(model, "6(0%)+11")
     torch.manual_seed(1)
     assert torch.equal(model(images), expected)
+    routed = model.eval()(images)
+    assert torch.equal(routed, sk.unpatch(model)(images))  # none at all in evaluation
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -406,6 +445,16 @@ def test_nothing_is_dropped_before_the_warm_up_ends(images):
     wrapped = nn.Sequential(model)
     sk.set_epoch(wrapped, 7)
     assert torch.equal(wrapped(images), dropped)
+
+
+def test_a_forward_of_the_warm_up_leaves_no_record(images):
+    model = sk.patch(vit().eval(), "6(55%)+11", warmup_epochs=1)
+    with sk.record_skips(model) as records:
+        model(images)
+        assert records == []
+        sk.set_epoch(model, 1)
+        model(images)
+    assert [len(record.indices) for record in records] == [1]
 
 
 @pytest.mark.parametrize("text", ["6(55%)+11", "4,7(30%,30%)+10", "4,7(30%,30%)+fused"])

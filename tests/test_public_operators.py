@@ -296,6 +296,13 @@ BAD = [
     # gather_rows and scatter_back
     (sk.gather_rows, (X, INDEX.int()), {}, TypeError, "index must be int64, got int32"),
     (sk.gather_rows, (X, INDEX[:1]), {}, ValueError, "index must have shape (2, M), got (1, 1)"),
+    (
+        sk.gather_rows,
+        (X, INDEX.to("meta")),
+        {},
+        ValueError,
+        "index must be on x's device, cpu, got meta",
+    ),
     (sk.gather_rows, (X, INDEX + 197), {}, ValueError, "index must hold rows in [0, 197), got 197"),
     (
         sk.scatter_back,
@@ -310,6 +317,20 @@ BAD = [
         {},
         TypeError,
         "tokens must have the dtype of x, float32, got float16",
+    ),
+    (
+        sk.scatter_back,
+        (X, ROWS.to("meta"), INDEX),
+        {},
+        ValueError,
+        "tokens must be on x's device, cpu, got meta",
+    ),
+    (
+        sk.scatter_back,
+        (X, ROWS, INDEX),
+        {"update": torch.zeros(2, 8, device="meta")},
+        ValueError,
+        "update must be on x's device, cpu, got meta",
     ),
     (
         sk.scatter_back,

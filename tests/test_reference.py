@@ -84,3 +84,35 @@ def test_the_fused_row_sums_the_dropped_ones_only():
     assert index.tolist() == [[0, 2, 3]]
     expected = 0.1 * x[0, 1] + 0.2 * x[0, 4]
     assert torch.allclose(tokens[0, 3], expected, rtol=4 * torch.finfo(torch.float32).eps)
+    zeros = torch.zeros(2)
+    grad_x, grad_scores = reference.gather_topk_fuse_backward(torch.ones(1, 4, 3), x, scores, index)
+    assert torch.equal(grad_x[0, :, 0], torch.tensor([1, 0.1, 1, 1, 0.2]))
+    assert torch.allclose(grad_scores[0], torch.stack([x[0, 1].sum(), *zeros, x[0, 4].sum()]))
+
+
+def test_the_fused_row_is_summed_in_float32():
+    x = torch.tensor([[[5.0], [1.0], [-1.0]]], dtype=torch.bfloat16)
+    scores = torch.tensor([[0.1, 0.1001]])  # one number in bfloat16
+    tokens, _ = reference.gather_topk_fuse(x, scores, 0)
+    assert tokens[0, :, 0].tolist() == pytest.approx([5, 0.1 - 0.1001], rel=2**-8)
+
+
+def test_every_result_is_contiguous():
+    """As the fakes promise torch.compile, whatever the strides of the inputs."""
+
+    def strided(*sizes):
+        return torch.rand(sizes[::-1]).permute(*reversed(range(len(sizes))))
+
+    x, scores = strided(2, 6, 3), strided(2, 4, 5)
+    tokens, index = reference.gather_topk(x, scores, 2)
+    for result in (
+        tokens,
+        reference.cls_scores(strided(2, 4, 3), strided(2, 4, 6, 3)),
+        reference.gather_rows(x, index),
+        reference.gather_rows_backward(strided(2, 3, 3), index, 6),
+        *reference.gather_topk_fuse(x, scores, 2),
+        *reference.gather_topk_fuse_backward(strided(2, 4, 3), x, scores, index),
+        reference.scatter_back(x, strided(2, 3, 3), index),
+        *reference.scatter_back_backward(x, index, True),
+    ):
+        assert result.is_contiguous()
