@@ -42,6 +42,7 @@ class ViTShape:
         """Read off a timm VisionTransformer, at the image size that it was built for."""
         block = model.blocks[0]
         patches = model.patch_embed.num_patches
+        heads = [model.head, *([model.head_dist] if hasattr(model, "head_dist") else [])]
         return cls(
             depth=len(model.blocks),
             num_patches=patches,
@@ -50,8 +51,8 @@ class ViTShape:
             attention_dim=block.attn.num_heads * block.attn.head_dim,
             attention_weights=_weights(block.attn),
             mlp_weights=_weights(block.mlp),
-            other_macs=patches * _weights(model.patch_embed) + _weights(model.head),
-            num_head_tokens=1 + hasattr(model, "head_dist"),
+            other_macs=patches * _weights(model.patch_embed) + sum(map(_weights, heads)),
+            num_head_tokens=len(heads),
         )
 
 

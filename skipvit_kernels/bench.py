@@ -293,7 +293,9 @@ def run(
                 resident[name] = measure.resident_peak(calls[name])
                 on_call()
     except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises RuntimeError
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        # Not just "memory": an illegal memory access is a fault of a kernel.
+        ended = "out of memory" in str(error) or "can't allocate memory" in str(error)
+        if not ended and not isinstance(error, MemoryError):
             raise
         reason, *_ = str(error).splitlines() or ["out of memory"]
         raise TooLittleMemory(f"{job} does not fit: {reason}") from error

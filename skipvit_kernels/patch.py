@@ -267,7 +267,8 @@ def record_skips(model: nn.Module) -> Iterator[list[SkipRecord]]:
             model(images)
         kept = records[0].kept()          # (B, N) bool
 
-    Forwards in warm-up epochs drop nothing and leave no record.
+    Forwards in warm-up epochs drop nothing and leave no record. Of nested contexts the innermost
+    collects.
 
     Raises:
         ValueError: where the model is not patched, or checkpoints its gradients (its blocks are
@@ -280,13 +281,14 @@ def record_skips(model: nn.Module) -> Iterator[list[SkipRecord]]:
             "got grad_checkpointing=True: call set_grad_checkpointing(False)"
         )
     records: list[SkipRecord] = []
+    outer = [blocks.recorder for blocks in patched]
     for blocks in patched:
         blocks.recorder = records
     try:
         yield records
     finally:
-        for blocks in patched:
-            blocks.recorder = None
+        for blocks, recorder in zip(patched, outer, strict=True):
+            blocks.recorder = recorder
 
 
 @torch.no_grad()

@@ -248,11 +248,12 @@ def check_cls_block(block: Any) -> None:
     check_blocks([block])
     qkv = block.attn.qkv
     name = f"{type(qkv).__module__}.{type(qkv).__qualname__}"
-    if type(qkv) is not nn.Linear or qkv._forward_pre_hooks or qkv._forward_hooks:
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    hooks = sum(len(getattr(qkv, kind)) for kind in kinds)
+    if type(qkv) is not nn.Linear or hooks:
         raise ValueError(
             "cls_only_last_block reads the query's part of attn.qkv.weight, without a call: "
-            f"attn.qkv must be a torch.nn.Linear without hooks, got {name} with "
-            f"{len(qkv._forward_pre_hooks) + len(qkv._forward_hooks)}"
+            f"attn.qkv must be a torch.nn.Linear without hooks, got {name} with {hooks}"
         )
 
 

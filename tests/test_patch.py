@@ -503,6 +503,15 @@ def test_recorded_patches_are_those_that_cls_looks_at(images):
         assert records[0].indices[0][image].tolist() == [0, *sorted(best.tolist())]
 
 
+def test_the_innermost_of_nested_contexts_records(images):
+    model = sk.patch(vit().eval(), "6(55%)+11")
+    with sk.record_skips(model) as outer:
+        with sk.record_skips(model) as inner:
+            model(images)
+        model(images[:1])
+    assert [len(r.indices[0]) for r in inner] == [3] and [len(r.indices[0]) for r in outer] == [1]
+
+
 def test_a_failing_context_stops_the_recording(images):
     model = sk.patch(vit().eval(), "6(55%)+11")
     with pytest.raises(KeyError), sk.record_skips(model):
