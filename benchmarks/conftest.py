@@ -50,6 +50,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="every shape, dtype and number of threads of the operators, not only the usual ones",
     )
     group.addoption(
+        "--turns",
+        type=int,
+        metavar="N",
+        help="how often each operator's rivals are timed in turn; default 2 on the CPU, 1 on CUDA",
+    )
+    group.addoption(
         "--summary-csv", type=Path, help="write the table of the operators to this file"
     )
     group.addoption(
@@ -124,6 +130,8 @@ def pytest_configure(config: pytest.Config) -> None:
     reason = devices.absent_reason(config.getoption("--device"))
     if reason is not None:
         raise pytest.UsageError(reason)
+    if config.getoption("--turns") is not None and config.getoption("--turns") < 1:
+        raise pytest.UsageError(f"--turns must be at least 1, got {config.getoption('--turns')}")
     config.stash[RESULTS] = Results(config.getoption("--summary-csv"))
     config.stash[MODEL_ROWS] = []
 

@@ -19,7 +19,8 @@ fastest rival over ours; both stand in `extra_info` too, as of when that provide
 
 By default 6 shapes of real ViTs; on the CPU float32 and bfloat16, with all threads that torch uses,
 compiled in float32 alone (a `-` in the table); on a GPU bfloat16. `--full` adds shapes, compiles
-both dtypes, and times one CPU thread and a GPU's float32 too.
+both dtypes, and times one CPU thread and a GPU's float32 too. Two turns of a CPU's rivals leave
+noise of ten percent on a shared machine, `--turns 6` less.
 
 A shape that does not fit the memory is skipped with the reason. Ctrl-C keeps what was measured: the
 table, the CSV (written as the groups come, so that even a kill leaves it) and what
@@ -52,7 +53,9 @@ torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def make_device(config: pytest.Config) -> Any:
-    return DEVICES[config.getoption("--device")](config.getoption("--full"))
+    device: Any = DEVICES[config.getoption("--device")](config.getoption("--full"))
+    device.turns = config.getoption("--turns") or device.turns
+    return device
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
