@@ -89,22 +89,22 @@ def patched(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if not row.config.startswith("sliced ")]
 
 
-def cells(row: Row, *, medians: bool) -> list[str]:
-    """A row under COLUMNS: ratios of the shortest calls, with the rounds' medians in brackets."""
+def cells(row: Row, *, brackets: bool) -> list[str]:
+    """A row under COLUMNS: ratios as medians over the rounds, of the shortest calls in brackets."""
 
-    def ratio(shortest: float | None, median: float | None, form: str) -> str:
-        if shortest is None:
+    def ratio(median: float | None, shortest: float | None, form: str) -> str:
+        if median is None:
             return ""
-        return format(shortest, form) + (f" ({median:{form}})" if medians else "")
+        return format(median, form) + (f" ({shortest:{form}})" if brackets else "")
 
     unpatched = row.config == "unpatched"
     return [
         row.config,
         f"{row.images_per_second:.1f}",
-        "1" if unpatched else ratio(row.speedup, row.paired_speedup, ".3f"),
-        "" if row.floor_speedup is None else f"{row.floor_speedup:.3f}",
+        "1" if unpatched else ratio(row.paired_speedup, row.speedup, ".3f"),
+        ratio(row.paired_floor_speedup, row.floor_speedup, ".3f"),
         "1" if unpatched else f"{row.ideal_speedup:.3f}",
-        ratio(row.overhead, row.paired_overhead, "+.1%"),
+        ratio(row.paired_overhead, row.overhead, "+.1%"),
         "" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f} MiB",
     ]
 
@@ -118,7 +118,7 @@ def table(title: str, rows: Iterable[Row]) -> Table:
             column.replace(" ", "\n"), justify="left" if left else "right", no_wrap=left
         )
     for row in patched(rows):
-        found.add_row(*cells(row, medians=False))
+        found.add_row(*cells(row, brackets=False))
     return found
 
 
@@ -161,20 +161,21 @@ def write_page(
     lines += [f"- {name}: {value}" for name, value in about.items()]
     lines += [
         "",
-        "*Speed-up* is over the unpatched model, of the shortest calls and, in brackets, as the",
-        "median over rounds of calls in turn. *Sliced* is the floor: the same network at the same",
+        "*Speed-up* is over the unpatched model, as the median over rounds of calls in turn and,",
+        "in brackets, of the shortest calls. *Sliced* is the floor: the same network at the same",
         "token counts with the selection for free. *Routing overhead* is the time over the",
         "floor's, less 1. *Ideal* is what the arithmetic allows. *Peak memory* is by torch's",
         "allocator, over what was held before the call; *resident* is what the operating system",
-        "counts. Every number is in [results.csv](results.csv), every single call in",
-        "[results.json](results.json).",
+        "counts. A training step of a small batch saves less or nothing: there the gradients of",
+        "the weights are the peak, not the activations. Every number is in",
+        "[results.csv](results.csv), every single call in [results.json](results.json).",
     ]
     for title, members in groups(rows).items():
         lines += ["", f"## {title}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         for row in patched(members):
             lines.append(
-                "| " + " | ".join([f"`{row.config}`", *cells(row, medians=True)[1:]]) + " |"
+                "| " + " | ".join([f"`{row.config}`", *cells(row, brackets=True)[1:]]) + " |"
             )
         lines += memory_lines(members)
     pictures = {"speedup": speedup_chart(rows), "memory": memory_chart(rows)}
@@ -214,23 +215,30 @@ def memory_lines(rows: Iterable[Row]) -> list[str]:
 
 
 def speedup_chart(rows: Iterable[Row]) -> Figure | None:
-    """One panel a group: measured bars, the floor and the ideal as marks. None without rows."""
+    """One panel a group, medians: measured bars, the floor and the ideal as marks.
+
+    None without rows.
+    """
     found = {title: patched(members)[1:] for title, members in groups(rows).items()}
     found = {title: members for title, members in found.items() if members}
     if not found:
         return None
-    heights = [1.2 + 0.32 * len(members) for members in found.values()]
-    figure = Figure(figsize=(8, sum(heights)), dpi=150, layout="constrained")
+    heights = [0.5 + 0.3 * len(members) for members in found.values()]
+    figure = Figure(figsize=(8, 0.8 + sum(heights)), dpi=150, layout="constrained")
     panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights, sharex=True)
     for axes, (title, members) in zip(panels[:, 0], found.items(), strict=True):
         places = range(len(members))
-        bars = axes.barh(places, [row.speedup for row in members], 0.7, color=BLUE)
+        bars = axes.barh(places, [row.paired_speedup for row in members], 0.7, color=BLUE)
         axes.bar_label(bars, fmt="%.2f", label_type="center", color="white")
         axes.scatter(
             [row.ideal_speedup for row in members], places, marker="|", s=160, linewidths=3,
             color=ORANGE, zorder=3, label="ideal: what the arithmetic allows",
         )  # fmt: skip
-        floors = [(row.floor_speedup, at) for at, row in enumerate(members) if row.floor_speedup]
+        floors = [
+            (row.paired_floor_speedup, at)
+            for at, row in enumerate(members)
+            if row.paired_floor_speedup is not None
+        ]
         if floors:
             axes.scatter(
                 *zip(*floors, strict=True), marker="D", s=28, color=GREEN, zorder=4,
