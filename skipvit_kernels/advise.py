@@ -41,9 +41,9 @@ class Finding:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Advice:
-    """What `advise` found; `str` and `print` give it as text.
+    """What `advise` found; printed, or at the end of a notebook's cell, it is a text.
 
     Attributes:
         workload: what was measured.
@@ -88,6 +88,9 @@ class Advice:
         if self.lossless is not None:
             lines.append(f'Recommended without any loss: sk.patch(model, "{self.lossless}").')
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 class _OutOfTime(Exception):

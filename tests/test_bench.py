@@ -438,7 +438,7 @@ def test_advice_when_skipping_pays(model, monkeypatch):
     order = [finding.config for finding in advice.findings]
     assert order == ["6(55%)+11:cls", "6(45%)+fused:cls", ":cls", "4,7(30%,30%)+10:cls"]
     assert advice.noise == pytest.approx(0.004)
-    text = str(advice)
+    text = repr(advice)
     assert 'sk.patch(model, "6(55%)+11:cls"). It changes the outputs' in text
     assert 'without any loss: sk.patch(model, ":cls")' in text
     assert not sk.is_patched(model)
