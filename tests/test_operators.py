@@ -336,6 +336,23 @@ def test_gather_topk_fuse_reads_any_layout(backend, layout):
     same_bits(got[1], expected[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_nan_of_all_ones_stays_nan_in_16_bits(backend, dtype):
+    """Rounded like a number, its bits run over into the sign and it becomes -0."""
+    if backend.name != "cpu":
+        pytest.skip(f"{backend.name} rounds by an instruction of its own")
+    x, scores, num_keep, prefix = make(backend, (2, 20, 1, 70, 9), dtype)
+    scores.view(torch.int32).fill_(0x7FFFFFFF)
+    tokens, index = backend.launcher("gather_topk_fuse")(
+        x, scores, num_keep, num_prefix_tokens=prefix
+    )
+    grad_x, _ = backend.launcher("gather_topk_fuse_backward")(
+        torch.ones_like(tokens), x, scores, index
+    )
+    assert bool(tokens[:, -1].isnan().all())
+    assert bool(grad_x[:, prefix + num_keep :].isnan().all())
+
+
 def test_a_kept_row_never_reaches_the_fused_one(backend):
     x = torch.randn(2, 10, backend.channels(4, torch.float32), device=backend.device)
     scores = torch.arange(9.0, device=backend.device).expand(2, -1)
