@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("model", nargs="?", default="vit_small_patch16_224",
                        help="a timm model's name (default %(default)s)")  # fmt: skip
     bench.add_argument("--config", action="append", metavar="CONFIG", dest="configs",
-                       help='e.g. "6(55%%)+11"; may be given several times (default: four usual '
-                       "ones, at the same fractions of the model's depth)")  # fmt: skip
+                       help='e.g. "6(55%%)+11"; may be given several times (default: the usual '
+                       "five, at the same fractions of the model's depth)")  # fmt: skip
     bench.add_argument("--table-1", action="store_true", help="the eight rows of SkipViT's Table 1")
     bench.add_argument("--mode", choices=("forward", "training", "both"), default="both",
                        help="what to time (default %(default)s)")  # fmt: skip

@@ -37,8 +37,15 @@ def measure(jobs: Sequence[Job], *, report: Path | None, command: str) -> list[R
     measured is printed and written before KeyboardInterrupt goes on.
 
     Raises:
-        ValueError: where a model is unknown or cannot be patched.
+        ValueError: where a model is unknown or cannot be patched, or `report` is no folder.
     """
+    if report is not None:  # before minutes of measuring
+        try:
+            report.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"report must be a folder that can be written, got {report}: {error.strerror}"
+            ) from error
     console = Console()
     for reason in sorted({r for job in jobs for r in missing_kernels(job.device)}):
         console.print(f"without compiled kernels, so slower: {reason}", style="yellow")

@@ -567,6 +567,7 @@ def test_an_interrupted_bench_command_keeps_what_it_has(monkeypatch, capsys, tmp
         (["bench", "--config", "6(120%)"], "skipvit bench: ratios must lie between"),
         (["bench", "deit_tiny_patch16_224", "--config", "13(20%)"], "skipvit bench: drop_at must"),
         (["bench", "resnet18"], "skipvit bench: model must be a timm VisionTransformer"),
+        (["bench", "--report", __file__], "skipvit bench: report must be a folder that can be"),
         (["advise", "resnet18"], "skipvit advise: model must be a timm VisionTransformer"),
         (["advise", "deit_tiny_patch16_224", "--seconds", "-1"], "skipvit advise: seconds must be"),
     ],
