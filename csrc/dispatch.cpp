@@ -18,6 +18,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -32,14 +35,15 @@ CpuKernels choose() {
 #ifdef SKIPVIT_X86_64
   // Best first. The built-in checks include the operating system's support for the registers.
   __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Candidate candidates[] = {
-      {"avx512", &avx512::kernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {"avx512bf16", &avx512bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {"avx512", &avx512::kernels, avx512},
       {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
       {"baseline", &baseline::kernels, true},
   };
-  const char* compiled = "baseline,avx2,avx512";
+  const char* compiled = "baseline,avx2,avx512,avx512bf16";
 #else
   const Candidate candidates[] = {{"baseline", &baseline::kernels, true}};
   const char* compiled = "baseline";

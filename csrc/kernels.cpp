@@ -119,6 +119,18 @@ inline FloatReg from_low(Bits32 bits, Half) {
   return bit_cast<FloatReg>(result | ((bits & 0x8000) << 16));
 }
 
+// From the low and from the high halves, whatever the other ones are.
+template <class T>
+inline FloatReg from_even(Bits32 bits, T) {
+  return from_low(bits & 0xffff, T{});
+}
+template <class T>
+inline FloatReg from_odd(Bits32 bits, T) {
+  return from_low(bits >> 16, T{});
+}
+inline FloatReg from_even(Bits32 bits, BFloat) { return bit_cast<FloatReg>(bits << 16); }
+inline FloatReg from_odd(Bits32 bits, BFloat) { return bit_cast<FloatReg>(bits & 0xffff0000); }
+
 // Round to nearest even, NaN to the quiet NaN: as torch rounds.
 inline Bits32 to_high(FloatReg v, BFloat) {  // whatever is left in the low half
   const Bits32 bits = bit_cast<Bits32>(v);
@@ -152,6 +164,37 @@ inline Bits16 narrow(FloatReg v, T) {
   return truncate(to_low(v, T{}));
 }
 
+// Two registers of results as one of elements: x at the even places, y at the odd ones.
+template <class T>
+inline Bits32 interleave(FloatReg x, FloatReg y, T) {
+  return to_low(x, T{}) | (to_high(y, T{}) & 0xffff0000);
+}
+
+#if defined(__AVX512BF16__)
+// The processor rounds to bfloat16 in one instruction, but takes subnormals for 0 and keeps what a
+// NaN carries. Where there is none of these its bits are those of to_high, which else does it.
+inline __mmask16 special_lanes(FloatReg v) {
+  return _mm512_fpclass_ps_mask(v, 0x80 | 0x20 | 0x01);  // signalling NaN, subnormal, quiet NaN
+}
+inline bool processor_rounds(FloatReg x, FloatReg y) {
+  return __builtin_expect(_kortestz_mask16_u8(special_lanes(x), special_lanes(y)), 1);
+}
+inline Bits16 narrow(FloatReg v, BFloat) {
+  return processor_rounds(v, v) ? bit_cast<Bits16>(_mm512_cvtneps_pbh(v))
+                                : truncate(to_low(v, BFloat{}));
+}
+inline Bits32 interleave(FloatReg x, FloatReg y, BFloat) {
+  if (!processor_rounds(x, y)) {
+    return to_low(x, BFloat{}) | (to_high(y, BFloat{}) & 0xffff0000);
+  }
+  const __m512i places =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return bit_cast<Bits32>(
+      _mm512_maskz_permutexvar_epi16(-1, places, bit_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x))));
+}
+#endif
+
 // A register of elements as they lie in memory, and f(part, index) of what they are computed in: of
 // 16-bit elements first those at even places, then those at odd ones. That takes no shuffle, and
 // one store of a whole register.
@@ -165,8 +208,8 @@ inline DoubleReg map_parts(DoubleReg v, double, F f) {
 }
 template <class T, class F>
 inline Bits32 map_parts(Bits32 v, T, F f) {
-  const FloatReg even = f(from_low(v & 0xffff, T{}), 0), odd = f(from_low(v >> 16, T{}), 1);
-  return to_low(even, T{}) | (to_high(odd, T{}) & 0xffff0000);
+  const FloatReg even = f(from_even(v, T{}), 0), odd = f(from_odd(v, T{}), 1);
+  return interleave(even, odd, T{});
 }
 
 template <class A>
@@ -1044,36 +1087,42 @@ SKIPVIT_FLATTEN inline void split_row(typename Type<T>::Sum* out, const T* row, 
   }
 }
 
-// out = copied ? row : f(row, other), other from split_row. Both are computed and one is chosen: a
-// branch on rows kept at random costs 4 ns a row, where 384 bytes are copied in 8. Sorting the rows
-// by kind, 16 at a time, costs more at the memory. Fetches as copy_bytes does.
+// out = copied ? row : f(row, other, part, register), other from split_row; `part` is that of
+// map_parts, `register` the number within 64 bytes. Both are computed and one is chosen: a branch
+// on rows kept at random costs 4 ns a row, where 384 bytes are copied in 8. Sorting the rows by
+// kind, 16 at a time, costs more at the memory. Fetches as copy_bytes does.
 template <class T, class F>
 SKIPVIT_FLATTEN inline void copy_or_map(T* out, const T* row, const typename Type<T>::Sum* other,
                                         int64_t n, bool copied, const char* next, F f) {
   using Packed = typename Type<T>::Packed;
+  constexpr int64_t kCount = kRegisterBytes / sizeof(T);
+  constexpr int64_t kRegs = 64 / kRegisterBytes;
   const Bits32 mask = Bits32{} - static_cast<uint32_t>(copied);
-  const auto registers = [&](auto v) {
-    const Packed mapped = map_parts(v, T{}, [&](auto part, int64_t index) {
-      decltype(part) with;
-      std::memcpy(&with, other + index * (sizeof(part) / sizeof(*other)), sizeof(with));
-      return f(part, with);
+  const auto registers = [&](auto v, int64_t reg) {
+    const Packed mapped = map_parts(v, T{}, [&](auto x, int64_t part) {
+      decltype(x) with;
+      std::memcpy(&with, other + part * (sizeof(x) / sizeof(*other)), sizeof(with));
+      return f(x, with, part, reg);
     });
+    other += kCount;
     return bit_cast<Packed>((bit_cast<Bits32>(v) & mask) | (bit_cast<Bits32>(mapped) & ~mask));
   };
-  constexpr int64_t kCount = kRegisterBytes / sizeof(T);
   int64_t i = 0;
-  for (; i + kCount <= n; i += kCount, other += kCount) {
+  for (; i + kRegs * kCount <= n; i += kRegs * kCount) {
     __builtin_prefetch(next + i * sizeof(T));
-    Packed v;
-    std::memcpy(&v, row + i, sizeof(v));
-    v = registers(v);
-    std::memcpy(out + i, &v, sizeof(v));
+    for (int64_t reg = 0; reg < kRegs; ++reg) {
+      Packed v;
+      std::memcpy(&v, row + i + reg * kCount, sizeof(v));
+      v = registers(v, reg);
+      std::memcpy(out + i + reg * kCount, &v, sizeof(v));
+    }
   }
-  if (i < n) {
+  for (int64_t reg = 0; i < n; ++reg, i += kCount) {
+    const int64_t bytes = (n - i < kCount ? n - i : kCount) * sizeof(T);
     Packed v{};
-    std::memcpy(&v, row + i, (n - i) * sizeof(T));
-    v = registers(v);
-    std::memcpy(out + i, &v, (n - i) * sizeof(T));
+    std::memcpy(&v, row + i, bytes);
+    v = registers(v, reg);
+    std::memcpy(out + i, &v, bytes);
   }
 }
 
@@ -1119,7 +1168,7 @@ void scatter_rows_adding(const View& x, const View& tokens, const View& update,
                                                       : x_stride,
                                        channels);
              copy_or_map(reinterpret_cast<T*>(to.address), row, added, channels, kept, later,
-                         [](auto x, auto u) { return x + u; });
+                         [](auto x, auto u, int64_t, int64_t) { return x + u; });
              to.next();
            });
 }
@@ -1258,71 +1307,123 @@ void sum_dropped(const View& x, const void* mean, bool wide, const int64_t* inde
   });
 }
 
+// out = copied ? row : weight * grad_fused, split by split_row; returns row . grad_fused.
 template <class T, class A>
-void fuse_backward_of(const View& grad, const View& x, const void* mean, bool wide,
-                      const int32_t* inverse, const View& grad_x, const View& grad_scores,
-                      int64_t begin, int64_t end) {
+SKIPVIT_FLATTEN inline A copy_or_scale(T* out, const T* row, const A* grad_fused, A weight,
+                                       int64_t n, bool copied, const char* next) {
+  Vec<A> sums[2]{};
+  copy_or_map(out, row, grad_fused, n, copied, next,
+              [&](auto x, auto grad, int64_t part, int64_t reg) {
+                sums[part].reg[reg] += x * grad;
+                return weight * grad;
+              });
+  return sum_lanes<A>(sums[0] + sums[1]);
+}
+
+// The same with sums, weights and so grad_fused wider than the rows are computed in; not split.
+template <class T, class A>
+SKIPVIT_FLATTEN inline A copy_or_scale_wide(T* out, const T* row, const A* grad_fused, A weight,
+                                            int64_t n, bool copied) {
+  if (copied) {
+    copy_row(out, row, 1, n, sizeof(T));
+  } else {
+    for_lanes(n, [&](int64_t i, auto count) {
+      store<A>(out + i, weight * load<A>(grad_fused + i, count), count);
+    });
+  }
+  return dot(grad_fused, row, n);
+}
+
+// grad_scores (H, n) of the patches [begin, end) of one image: grad_mean / H for every head.
+template <class A>
+SKIPVIT_FLATTEN void spread_over_heads(const A* grad_mean, const View& grad_scores, int64_t image,
+                                       int64_t begin, int64_t end) {
+  const int64_t heads = grad_scores.size[1];
+  by_dtype(grad_scores.dtype, [&](auto element) {
+    using S = decltype(element);
+    for (int64_t h = 0; h < heads; ++h) {
+      S* out = at<S>(grad_scores, image, h, begin);
+      for_lanes(end - begin, [&](int64_t i, auto count) {
+        const Vec<A> mean = load<A>(grad_mean + begin + i, count);
+        const Vec<A> divisor = broadcast(static_cast<A>(heads));
+        store<A>(out + i, zip(mean, divisor, [](auto a, auto b) { return a / b; }), count);
+      });
+    }
+  });
+}
+
+template <class T, class A, class W>
+void fuse_backward_of(const View& grad, const View& x, const W* mean, const int32_t* inverse,
+                      const View& grad_x, const View& grad_scores, int64_t begin, int64_t end) {
+  constexpr bool kSplit = std::is_same_v<A, typename Type<T>::Sum>;
   const int64_t num_tokens = x.size[1], channels = x.size[2];
-  const int64_t heads = grad_scores.size[1], num_patches = grad_scores.size[2];
+  const int64_t num_patches = grad_scores.size[2], num_prefix = num_tokens - num_patches;
+  const int64_t grad_stride = grad.stride[2], x_stride = x.stride[2];
+  const bool all_contiguous = grad_stride == 1 && x_stride == 1;
   RowWalk to(Rows(grad_x), num_tokens, begin);
-  // The gradient of the fused token as dot takes it, and as copy_or_map does.
-  A* grad_fused = accumulate_scratch.get<A>(channels);
-  auto* split_fused = split_scratch.get<typename Type<T>::Sum>(channels + 2 * kLanes);
-  int64_t image = -1;
+  A* grad_fused = accumulate_scratch.get<A>(channels + 2 * kLanes + num_tokens);
+  A* grad_mean = grad_fused + channels + 2 * kLanes + num_prefix;  // of the patches of an image
+  const W* weights = mean;
+  int64_t image = -1, first = 0;
+  const auto finish_image = [&](int64_t last) {
+    if (image >= 0 && last > first) {
+      spread_over_heads(grad_mean, grad_scores, image, first, last);
+    }
+  };
   const auto each = [&](int64_t item, const char* from, const char* later) {
     const int64_t patch = num_patches - to.left;
     if (to.image != image) {
+      finish_image(num_patches);
       image = to.image;
+      first = patch < 0 ? 0 : patch;
+      weights = mean + image * num_patches;
       const T* fused = at<T>(grad, image, grad.size[1] - 1);
-      widen_row(grad_fused, fused, grad.stride[2], channels);
-      split_row(split_fused, fused, grad.stride[2], channels);
-    }
-    T* row = reinterpret_cast<T*>(to.address);
-    A grad_mean = 0;
-    if (inverse[item] >= 0) {
-      copy_row(to.address, from, grad.stride[2], channels, sizeof(T), later);
-    } else if (patch < 0) {
-      std::memset(row, 0, channels * sizeof(T));
-    } else {
-      const int64_t at_mean = image * num_patches + patch;
-      const A weight = static_cast<A>(wide ? static_cast<const double*>(mean)[at_mean]
-                                           : static_cast<const float*>(mean)[at_mean]);
-      const T* dropped = contiguous(reinterpret_cast<const T*>(from), x.stride[2], channels);
-      if constexpr (std::is_same_v<A, typename Type<T>::Sum>) {
-        copy_or_map(row, dropped, split_fused, channels, false, later,
-                    [weight](auto, auto g) { return weight * g; });
+      if constexpr (kSplit) {
+        split_row(grad_fused, fused, grad_stride, channels);
       } else {
-        for_lanes(channels, [&](int64_t i, auto count) {
-          store<A>(row + i, weight * load<A>(grad_fused + i, count), count);
-        });
+        widen_row(grad_fused, fused, grad_stride, channels);
       }
-      grad_mean = dot(grad_fused, dropped, channels) / static_cast<A>(heads);
+    }
+    const bool kept = inverse[item] >= 0;
+    T* out = reinterpret_cast<T*>(to.address);
+    const T* row = contiguous(reinterpret_cast<const T*>(from),
+                              all_contiguous ? 1
+                              : kept         ? grad_stride
+                                             : x_stride,
+                              channels);
+    const A weight = static_cast<A>(patch < 0 ? W{0} : weights[patch]);
+    A product;
+    if constexpr (kSplit) {
+      product = copy_or_scale(out, row, grad_fused, weight, channels, kept, later);
+    } else {
+      product = copy_or_scale_wide(out, row, grad_fused, weight, channels, kept);
+    }
+    grad_mean[patch] = kept ? A{0} : product;
+    if (patch < 0 && !kept) {
+      std::memset(out, 0, channels * sizeof(T));
     }
     to.next();
-    if (patch < 0) {
-      return;
-    }
-    by_dtype(grad_scores.dtype, [&](auto element) {
-      using S = decltype(element);
-      for (int64_t h = 0; h < heads; ++h) {
-        if constexpr (std::is_same_v<S, A>) {
-          *at<S>(grad_scores, image, h, patch) = grad_mean;
-        } else {
-          store<A>(at<S>(grad_scores, image, h, patch), broadcast(grad_mean), 1);
-        }
-      }
-    });
   };
   for_rows(begin, end, rows_ahead(channels * sizeof(T)),
            ChosenRows(grad, x, inverse, num_tokens, begin), each);
+  finish_image(begin < end ? num_patches - num_tokens + (end - 1) % num_tokens + 1 : 0);
 }
 
 void fuse_backward(const View& grad, const View& x, const void* mean, bool wide,
                    const int32_t* inverse, const View& grad_x, const View& grad_scores,
                    int64_t begin, int64_t end) {
   by_dtype_and_sum(x.dtype, wide, [&](auto element, auto sum) {
-    fuse_backward_of<decltype(element), decltype(sum)>(grad, x, mean, wide, inverse, grad_x,
-                                                       grad_scores, begin, end);
+    using T = decltype(element);
+    using A = decltype(sum);
+    if constexpr (std::is_same_v<A, double>) {
+      if (wide) {
+        fuse_backward_of<T, A>(grad, x, static_cast<const double*>(mean), inverse, grad_x,
+                               grad_scores, begin, end);
+        return;
+      }
+    }
+    fuse_backward_of<T, A>(grad, x, static_cast<const float*>(mean), inverse, grad_x, grad_scores,
+                           begin, end);
   });
 }
 

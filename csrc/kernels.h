@@ -90,7 +90,7 @@ struct Kernels {
 
 struct CpuKernels {
   const Kernels* table;
-  const char* isa;       // "baseline", "avx2" or "avx512"
+  const char* isa;       // "baseline", "avx2", "avx512" or "avx512bf16"
   const char* compiled;  // the names compiled in, separated by commas
 };
 

@@ -87,8 +87,18 @@ from skipvit_kernels.backends import cpu
 
 print(cpu.build_info()["isa"])
 torch.manual_seed(0)
-for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+every = torch.arange(2**16).to(torch.int16)  # all numbers of 16 bits, subnormals and NaN too
+for dtype, special in [
+    (torch.float32, False),
+    (torch.float16, False),
+    (torch.bfloat16, False),
+    (torch.float64, False),
+    (torch.float16, True),
+    (torch.bfloat16, True),
+]:
     x = torch.randn(3, 198, 83).to(dtype)
+    if special:
+        x.view(-1)[: 3 * 2**14] = every.view(dtype)[torch.randperm(2**16)[: 3 * 2**14]]
     scores = torch.rand(3, 2, 196).round(decimals=2).to(dtype)
     update = torch.randn(3, 83).to(dtype)
     q, k = torch.randn(3, 2, 40).to(dtype), torch.randn(3, 198, 2, 40).to(dtype).transpose(1, 2)
@@ -106,6 +116,8 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
     }
     for name, tensors in results.items():
         for tensor in tensors:
+            if special and dtype == torch.float16:  # a NaN's sign: that of either operand
+                tensor = tensor.where(tensor == tensor, 1)
             data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
             print(name, dtype, hashlib.sha256(data).hexdigest())
 """

@@ -353,6 +353,34 @@ def test_a_nan_of_all_ones_stays_nan_in_16_bits(backend, dtype):
     assert bool(grad_x[:, prefix + num_keep :].isnan().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_rounded_as_torch_rounds(backend, dtype):
+    """Subnormals, infinities and NaN too: a processor's own conversion may flush the first to 0."""
+    if backend.name != "cpu":
+        pytest.skip(f"{backend.name} rounds by an instruction of its own")
+
+    def same_numbers(got, want):
+        assert torch.equal(got.isnan(), want.isnan())
+        same_bits(got.where(~got.isnan(), 1), want.where(~want.isnan(), 1))
+
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    tiny, largest = torch.ones(1, dtype=torch.int16).view(dtype).item(), torch.finfo(dtype).max
+    others = torch.tensor([0.0, -0.0, tiny, -3 * tiny, 1e-3, -1.0, largest, math.inf, math.nan])
+    count = len(others)
+    x = torch.stack([every, every.flip(0)])[None].expand(count, -1, -1)  # row 0 is replaced
+    update = others.to(dtype)[:, None].expand(-1, len(every))
+    index = torch.zeros(count, 1, dtype=torch.int64)
+    args = (x, torch.ones(count, 1, len(every), dtype=dtype), index)
+    got = backend.launcher("scatter_back")(*args, update=update)
+    same_numbers(got, reference.scatter_back(*args, update=update))
+
+    grad = torch.stack([torch.ones_like(every), every])[None]  # of the prefix token and the fused
+    x, scores = torch.ones(1, 1 + count, len(every), dtype=dtype), others[None].abs()
+    args = (grad, x, scores, torch.zeros(1, 1, dtype=torch.int64))
+    got = backend.launcher("gather_topk_fuse_backward")(*args)[0]
+    same_numbers(got, reference.gather_topk_fuse_backward(*args)[0])
+
+
 def test_a_kept_row_never_reaches_the_fused_one(backend):
     x = torch.randn(2, 10, backend.channels(4, torch.float32), device=backend.device)
     scores = torch.arange(9.0, device=backend.device).expand(2, -1)
