@@ -162,11 +162,16 @@ void for_items(int64_t items, int64_t bytes_per_item, const F& f) {
   torch::stable::parallel_for(0, items, grain, f);
 }
 
+// Whether whole images keep every thread busy.
+bool enough_images(int64_t batch) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return batch % threads == 0 || batch >= 4 * threads;
+}
+
 // Pieces per image for the kernels that sum over rows: one where there are images enough for the
 // threads, else so many that no thread is left without. 64 channels are the least worth splitting.
 int64_t column_blocks(int64_t batch, int64_t channels) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = batch == 0 || batch % threads == 0 || batch >= 4 * threads ? 1 : threads;
+  const int64_t wanted = enough_images(batch) ? 1 : torch::stable::get_num_threads();
   return std::max<int64_t>(1, std::min(wanted, channels / 64));
 }
 
@@ -298,11 +303,22 @@ Selection select_and_move(const Tensor& x, const Tensor& scores, int64_t num_kee
               n};
   s.out = output_view(s.tokens, tokens_in);
   int64_t* index = static_cast<int64_t*>(s.index.data_ptr());
-  // The threshold search passes over the 4-byte keys about 25 times.
-  for_items(batch, n * 100, [&](int64_t begin, int64_t end) {
+  const View kept = index_view(s.index, batch);
+  const auto select = [&](int64_t begin, int64_t end) {
     kernels().select_topk(s.mean, s.wide, n, num_keep, num_prefix, index, begin, end);
-  });
-  move_rows(tokens_in, index_view(s.index, batch), s.out);
+  };
+  // The threshold search passes over the 4-byte keys about 25 times.
+  const int64_t select_bytes = n * 100,
+                move_bytes = rows * tokens_in.size[2] * tokens_in.element_size;
+  if (enough_images(batch)) {  // threads meet once: 2 us less of 30 for B 64, N 197, C 192
+    for_items(batch, select_bytes + move_bytes, [&](int64_t begin, int64_t end) {
+      select(begin, end);
+      kernels().gather_rows(tokens_in, kept, s.out, begin * rows, end * rows);
+    });
+  } else {
+    for_items(batch, select_bytes, select);
+    move_rows(tokens_in, kept, s.out);
+  }
   return s;
 }
 
