@@ -115,6 +115,7 @@ class Case:
     args: Callable[[Inputs], tuple[Any, ...]]
     read: Callable[[Inputs], int]  # bytes that must be read
     written: Callable[[Inputs], int]  # and written
+    rows: Callable[[Inputs], int]  # of an image that must be read or written, whichever is more
     exact: bool = True
     backward: bool = False  # the public operator through autograd, forward and backward
 
@@ -133,6 +134,7 @@ CASES = {
         lambda i: (i.q, i.k),
         lambda i: i.rows(i.num_tokens + 1),
         lambda i: i.score_bytes,
+        lambda i: i.num_tokens,
         exact=False,
     ),
     "gather_topk": Case(
@@ -142,6 +144,7 @@ CASES = {
         lambda i: (i.x, i.scores, i.num_keep),
         lambda i: i.rows(i.num_rows) + i.score_bytes,
         lambda i: i.rows(i.num_rows) + i.index_bytes,
+        lambda i: i.num_rows,
     ),
     "gather_topk(heads)": Case(
         lambda m: m.gather_topk,
@@ -150,6 +153,7 @@ CASES = {
         lambda i: (i.x, i.head_scores, i.num_keep),
         lambda i: i.rows(i.num_rows) + 4 * i.head_scores.numel(),
         lambda i: i.rows(i.num_rows) + i.index_bytes,
+        lambda i: i.num_rows,
     ),
     "gather_topk forward+backward": Case(
         lambda m: m.gather_topk,
@@ -158,6 +162,7 @@ CASES = {
         lambda i: (i.x_leaf, i.scores, i.num_keep, i.tokens),
         lambda i: i.rows(2 * i.num_rows) + i.score_bytes + i.index_bytes,
         lambda i: i.rows(i.num_rows + i.num_tokens) + i.index_bytes,
+        lambda i: i.num_rows + i.num_tokens,
         backward=True,
     ),
     "gather_topk_fuse": Case(
@@ -167,6 +172,7 @@ CASES = {
         lambda i: (i.x, i.scores, i.num_keep),
         lambda i: i.rows(i.num_tokens) + i.score_bytes,
         lambda i: i.rows(i.num_rows + 1) + i.index_bytes,
+        lambda i: i.num_tokens,
         exact=False,
     ),
     "gather_topk_fuse_backward": Case(
@@ -176,6 +182,7 @@ CASES = {
         lambda i: (i.grad_fused, i.x, i.scores, i.index),
         lambda i: i.rows(i.num_tokens + 1) + i.score_bytes + i.index_bytes,
         lambda i: i.rows(i.num_tokens) + i.score_bytes,
+        lambda i: i.num_tokens,
         exact=False,
     ),
     "gather_rows": Case(
@@ -185,6 +192,7 @@ CASES = {
         lambda i: (i.x, i.index),
         lambda i: i.rows(i.num_rows) + i.index_bytes,
         lambda i: i.rows(i.num_rows),
+        lambda i: i.num_rows,
     ),
     "gather_rows_backward": Case(
         lambda m: m.gather_rows_backward,
@@ -193,6 +201,7 @@ CASES = {
         lambda i: (i.tokens, i.index, i.num_tokens),
         lambda i: i.rows(i.num_rows) + i.index_bytes,
         lambda i: i.rows(i.num_tokens),
+        lambda i: i.num_tokens,
     ),
     "scatter_back": Case(
         lambda m: m.scatter_back,
@@ -201,6 +210,7 @@ CASES = {
         lambda i: (i.x, i.tokens, i.index),
         lambda i: i.rows(i.num_tokens) + i.index_bytes,
         lambda i: i.rows(i.num_tokens),
+        lambda i: i.num_tokens,
     ),
     "scatter_back(update)": Case(
         lambda m: lambda x, tokens, index, update: m.scatter_back(x, tokens, index, update=update),
@@ -209,6 +219,7 @@ CASES = {
         lambda i: (i.x, i.tokens, i.index, i.update),
         lambda i: i.rows(i.num_tokens + 1) + i.index_bytes,
         lambda i: i.rows(i.num_tokens),
+        lambda i: i.num_tokens,
     ),
     "scatter_back_backward": Case(
         lambda m: lambda grad, index: m.scatter_back_backward(grad, index, False)[:2],
@@ -217,6 +228,7 @@ CASES = {
         lambda i: (i.grad, i.index),
         lambda i: i.rows(i.num_tokens) + i.index_bytes,
         lambda i: i.rows(i.num_tokens + i.num_rows),
+        lambda i: i.num_tokens + i.num_rows,
     ),
     "scatter_back_backward(update)": Case(
         lambda m: lambda grad, index: m.scatter_back_backward(grad, index, True),
@@ -225,6 +237,7 @@ CASES = {
         lambda i: (i.grad, i.index),
         lambda i: i.rows(i.num_tokens) + i.index_bytes,
         lambda i: i.rows(i.num_tokens + i.num_rows + 1),
+        lambda i: i.num_tokens + i.num_rows,
         exact=False,
     ),
     "scatter_back forward+backward": Case(
@@ -234,6 +247,7 @@ CASES = {
         lambda i: (i.x_leaf, i.tokens_leaf, i.index, i.grad),
         lambda i: i.rows(2 * i.num_tokens) + 2 * i.index_bytes,
         lambda i: i.rows(2 * i.num_tokens + i.num_rows),
+        lambda i: 2 * i.num_tokens + i.num_rows,
         backward=True,
     ),
 }

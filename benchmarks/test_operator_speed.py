@@ -226,9 +226,8 @@ def test_operator(
     group = f"{operator} {shape} {dtype}" + (f" {threads} threads" if threads else "")
     with skip_what_cannot_be(device, group):
         inputs, expected = workplace.enter(shape, dtype, operator)
-        read, written = case.read(inputs[0]), case.written(inputs[0])
         if provider == "copy":
-            call, args = device.copies(read, written, len(inputs))
+            call, args = device.copies(case, inputs)
             expected = [(source,) for *_, source in ends(args)]
         else:
             call = provider_call(case, sk if case.backward else device.backend, provider)
@@ -246,7 +245,7 @@ def test_operator(
             shape=str(shape),
             dtype=dtype,
             threads=threads,
-            bytes=read + written,
+            bytes=case.bytes(inputs[0]),
             device=device.describe(),
             torch=torch.__version__,
             load=os.getloadavg()[0],
