@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles: TRITON_INTERPRET must not be set", allow_module_level=True)
 
 import triton_offline
+from triton import knobs
 from triton_offline import MAX_SHARED, SHAPES, TARGETS
 
 from skipvit_kernels.backends import triton as kernels
@@ -150,6 +151,27 @@ def test_empty_inputs_launch_nothing():
 def test_cpu_tensors_are_refused():
     with pytest.raises(ValueError, match="tensors must be on a CUDA or ROCm GPU, got cpu"):
         kernels.gather_rows(torch.empty(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_a_profiler_sees_every_launch():
+    """Triton's launch hooks are called although launches go past them where there are none."""
+    seen = []
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    x, index = torch.empty(1, 6, 32), torch.zeros(1, 2, dtype=torch.int64)
+
+    def note(metadata):
+        seen.append(metadata.get()["name"])
+
+    with triton_offline.offline("sm_90") as driver:
+        kernels.gather_rows(x, index)
+        kernels.gather_rows(x, index)
+        for hook in hooks:
+            hook.add(note)
+            kernels.gather_rows(x, index)
+            hook.remove(note)
+        kernels.gather_rows(x, index)
+    assert [name.removeprefix("_") for name in seen] == ["gather_rows_kernel"] * 2
+    assert len(driver.launches) == 5
 
 
 def test_the_host_spends_less_on_a_launch_than_on_the_chain_it_replaces():

@@ -66,9 +66,16 @@ class OfflineDriver:
         return object(), name, 0, 0, 1024
 
     def launcher_cls(self, src: Any, metadata: Any) -> Any:
-        def launcher(x: int, y: int, z: int, stream: int, function: str, *_: Any) -> None:
+        def launcher(
+            x: int, y: int, z: int, stream: int, function: str, packed: Any, *rest: Any
+        ) -> None:
+            launch_metadata, enter_hook, exit_hook, *_ = rest
+            if enter_hook is not None:
+                enter_hook(launch_metadata)
             if self.recording:
                 self.launches.append(Launch(function, (x, y, z)))
+            if exit_hook is not None:
+                exit_hook(launch_metadata)
 
         return launcher
 
