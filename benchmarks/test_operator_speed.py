@@ -13,9 +13,10 @@ They stand in `cases.py` and `chains.py`, how each device is timed in `devices.p
 called directly, without autograd; "forward+backward" are the public operators with it.
 
 Everyone gets the same inputs, allocates its own output, and is compared with the reference before
-it is timed. The table at the end takes the shortest times: on shared cores the mean measures the
-neighbours. `share_of_copy` is the time of the copy over the operator's, `speedup` the time of the
-fastest rival over ours; both stand in `extra_info` too, as of when that provider was timed.
+it is timed. The times in the table at the end are the shortest: on shared cores the mean measures
+the neighbours. `share_of_copy` is the time of the copy over the operator's, `speedup` the time of
+the fastest rival over ours, each the median over the turns of what the turn gave; both stand in
+`extra_info` too, of that turn.
 
 By default 6 shapes of real ViTs; on the CPU float32 and bfloat16, with all threads that torch uses,
 compiled in float32 alone (a `-` in the table); on a GPU bfloat16. `--full` adds shapes, compiles

@@ -244,7 +244,7 @@ def _measure(models: dict[str, nn.Module], digits: Digits) -> tuple[list[Row], f
     accuracy = {name: _accuracy(model, digits) for name, model in models.items()}
     copies = {name: copy.deepcopy(model) for name, model in models.items()}
     copies |= {
-        f"sliced {name}": measure.sliced(models[name], config)
+        f"sliced {name}": measure.sliced(copy.deepcopy(models[name]), config)
         for name, config in SETTINGS.items()
         if config
     }

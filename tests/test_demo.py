@@ -1,6 +1,7 @@
 """skipvit demo, on few images and a narrow model."""
 
 import builtins
+import copy
 import csv
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import skipvit_kernels as sk
-from skipvit_kernels import cli, demo
+from skipvit_kernels import cli, demo, measure
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,35 @@ def test_demo_writes_what_it_measured(small, tmp_path, capsys):
     for whole in ("6(55%)+11", "6(45%)+fused", "65x5, 38x7", "overhead", "accuracy"):
         assert whole in printed
     assert max(map(len, printed.splitlines())) <= 80 + len(str(out))
+
+
+def test_overhead_is_over_the_sliced_floor_and_the_trained_models_stay(small, monkeypatch):
+    seconds = {
+        "baseline": [4.0, 8.0, 8.0], "skip": [3.0, 6.0, 4.0], "fused": [2.0, 2.0, 2.0],
+        "sliced skip": [2.0, 4.0, 4.0], "sliced fused": [2.0, 4.0, 2.5],
+    }  # fmt: skip
+
+    def known(steps, rounds):
+        assert steps.keys() == seconds.keys()
+        for step in steps.values():
+            step()
+        return measure.Times(seconds, seconds)
+
+    monkeypatch.setattr(measure, "interleave", known)
+    models = {
+        name: sk.patch(demo.build_model(0), config) if config else demo.build_model(0)
+        for name, config in demo.SETTINGS.items()
+    }
+    before = {name: copy.deepcopy(model.state_dict()) for name, model in models.items()}
+    (baseline, skip, fused), noise = demo._measure(models, demo.Digits.load())
+    assert (baseline.speedup, baseline.overhead, baseline.shortest_overhead) == (1, None, None)
+    assert (skip.speedup, skip.shortest_speedup) == (pytest.approx(4 / 3), pytest.approx(4 / 3))
+    assert (skip.overhead, skip.shortest_overhead) == (0.5, 0.5)
+    assert (fused.overhead, fused.shortest_overhead) == (pytest.approx(-0.2), 0)
+    assert noise == 2
+    for name, model in models.items():
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[name][key]), (name, key)
 
 
 def test_the_same_seed_gives_the_same_start():
