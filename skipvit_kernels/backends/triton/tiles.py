@@ -86,6 +86,11 @@ def launch(
             _launch_compiled(kernel, programs, device, pointers, scalars, threads)
 
 
+def _has_calls(hook: Any) -> bool:
+    """Whether a profiler listens; also where the hook is not Triton's own list of them."""
+    return bool(getattr(hook, "calls", True))
+
+
 def _launch_compiled(
     kernel: Any,
     programs: int,
@@ -108,7 +113,7 @@ def _launch_compiled(
         _compiled[key] = kernel[(programs,)](
             *pointers, *scalars, num_warps=threads // WARP_SIZE, **limit
         )
-    elif _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls:  # a profiler listens
+    elif _has_calls(_runtime.launch_enter_hook) or _has_calls(_runtime.launch_exit_hook):
         compiled[(programs, 1, 1)](*pointers, *scalars)
     else:  # what that does, without the lists for hooks: 1 us less
         stream = driver.active.get_current_stream(device)
