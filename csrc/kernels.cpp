@@ -460,17 +460,11 @@ class Scratch {
 
 thread_local Scratch row_scratch;         // a row gathered from strided memory
 thread_local Scratch accumulate_scratch;  // a row, or all scores of an image, as accumulators
-thread_local Scratch split_scratch;       // a row from split_row
 thread_local Scratch key_scratch;         // the sort keys of an image
 
 template <class T>
 inline T* at(const View& v, int64_t i, int64_t j = 0, int64_t k = 0) {
   return static_cast<T*>(v.data) + i * v.stride[0] + j * v.stride[1] + k * v.stride[2];
-}
-
-inline char* address(const View& v, int64_t i, int64_t j, int64_t k = 0) {
-  return static_cast<char*>(v.data) +
-         (i * v.stride[0] + j * v.stride[1] + k * v.stride[2]) * v.element_size;
 }
 
 // The rows of a tensor (B, N, C) by address: a View seen through a reference is read again after
