@@ -320,6 +320,18 @@ def test_gather_topk_fuse_and_backward(backend, dtype, size, heads):
     assert bool((grad_scores.gather(-1, kept_patches) == 0).all())
 
 
+def test_a_prefix_token_that_was_not_kept_gets_no_gradient(backend):
+    """Its row is +0, not the fused token's negative gradient times a weight of 0."""
+    x, scores, num_keep, _ = make(backend, (2, 20, 2, 24, 9), torch.float32)
+    index = reference.gather_topk(x, scores, num_keep, num_prefix_tokens=2)[1][:, 1:].contiguous()
+    grad = torch.randn(2, index.shape[1] + 1, x.shape[2]).to(x)
+    grad[:, -1] = -1e30 if backend.saturates else -math.inf
+    got, _ = backend.launcher("gather_topk_fuse_backward")(grad, x, scores, index)
+    want, _ = reference.gather_topk_fuse_backward(grad, x, scores, index)
+    assert bool((want[:, 0] == 0).all())
+    same_bits(got, want)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gather_topk_fuse_reads_any_layout(backend, layout):
     x, scores, num_keep, prefix = make(backend, (3, 37, 2, 24, 17), torch.float32, heads=3)
