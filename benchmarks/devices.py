@@ -32,11 +32,14 @@ def hold_free_blocks(run: Callable[[], Any]) -> list[torch.Tensor]:
     del results
     held: list[torch.Tensor] = []
     for size in sizes:
-        in_a_row = 0
-        while in_a_row < 3:
+        in_a_row, before = 0, 0
+        for _ in range(64):  # another malloc than glibc's may never give neighbours
             held.append(torch.empty(size, dtype=torch.uint8))
-            gap = held[-1].data_ptr() - held[-2].data_ptr() if len(held) > 1 else 0
-            in_a_row = in_a_row + 1 if size <= gap < size + 4096 else 0
+            address = held[-1].data_ptr()
+            in_a_row = in_a_row + 1 if size <= address - before < size + 4096 else 0
+            if in_a_row == 3:
+                break
+            before = address
     return held
 
 
