@@ -310,7 +310,7 @@ Selection select_and_move(const Tensor& x, const Tensor& scores, int64_t num_kee
   // The threshold search passes over the 4-byte keys about 25 times.
   const int64_t select_bytes = n * 100,
                 move_bytes = rows * tokens_in.size[2] * tokens_in.element_size;
-  if (enough_images(batch)) {  // threads meet once: 2 us less of 30 for B 64, N 197, C 192
+  if (enough_images(batch)) {  // threads meet once: 33 us, not 37, for B 64, N 197, C 192
     for_items(batch, select_bytes + move_bytes, [&](int64_t begin, int64_t end) {
       select(begin, end);
       kernels().gather_rows(tokens_in, kept, s.out, begin * rows, end * rows);

@@ -153,6 +153,25 @@ def test_cpu_tensors_are_refused():
         kernels.gather_rows(torch.empty(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("operator", CALLS)
+def test_a_launch_past_triton_passes_what_triton_passes(operator):
+    """The first launch of a kernel is Triton's own, the second goes to the driver directly."""
+    call, _ = CALLS[operator]
+    inputs = triton_offline.vit_inputs(64, 197, 384, 6, torch.bfloat16)
+    with triton_offline.offline("sm_90") as driver:
+        call(inputs)
+        first, driver.launches = driver.launches, []
+        call(inputs)
+    assert len(first) == len(driver.launches) > 0
+    for ours, tritons in zip(driver.launches, first, strict=True):
+        assert (ours.kernel, ours.grid) == (tritons.kernel, tritons.grid)
+        for got, want in zip(ours.arguments, tritons.arguments, strict=True):
+            if isinstance(want, torch.Tensor):  # an output is another one each time
+                assert (got.shape, got.dtype) == (want.shape, want.dtype)
+            else:
+                assert got == want
+
+
 def test_a_profiler_sees_every_launch():
     """Triton's launch hooks are called although launches go past them where there are none."""
     seen = []

@@ -39,6 +39,7 @@ MAX_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "g
 class Launch:
     kernel: str
     grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]  # of the kernel, behind its metadata
 
 
 class OfflineDriver:
@@ -69,11 +70,11 @@ class OfflineDriver:
         def launcher(
             x: int, y: int, z: int, stream: int, function: str, packed: Any, *rest: Any
         ) -> None:
-            launch_metadata, enter_hook, exit_hook, *_ = rest
+            launch_metadata, enter_hook, exit_hook, *arguments = rest
             if enter_hook is not None:
                 enter_hook(launch_metadata)
             if self.recording:
-                self.launches.append(Launch(function, (x, y, z)))
+                self.launches.append(Launch(function, (x, y, z), (packed, *arguments)))
             if exit_hook is not None:
                 exit_hook(launch_metadata)
 
