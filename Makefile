@@ -24,20 +24,20 @@ test: lint test-cpu test-interpreter
 test-cpu: $(INSTALLED)
 	SKIPVIT_REQUIRE=cpu,npu-model $(BIN)/pytest
 	for isa in $$($(BIN)/python tests/other_isas.py); do \
-	  SKIPVIT_CPU_ISA=$$isa SKIPVIT_REQUIRE=cpu $(BIN)/pytest -q tests/test_operators.py -k cpu || exit; \
+	  SKIPVIT_CPU_ISA=$$isa SKIPVIT_REQUIRE=cpu $(BIN)/pytest -q tests/ops/test_operators.py -k cpu || exit; \
 	done
 
 # The Triton kernels in Triton's interpreter, without a GPU; about 1.5 ms a program, so float16,
 # which takes the paths of bfloat16, is left to a GPU. TRITON_INTERPRET must be set at import.
 test-interpreter: $(INSTALLED)
 	TRITON_INTERPRET=1 PYTHONPATH=tests SKIPVIT_REQUIRE=triton $(BIN)/pytest \
-	  tests/test_operators.py tests/test_triton_interpreter.py \
+	  tests/ops/test_operators.py tests/backends/test_triton_interpreter.py \
 	  -k "(triton and not same_bits_every and not torch.float16) or test_triton_interpreter"
 
 # On a machine with a GPU. cuBLAS needs the variable under the determinism that poisons outputs.
 test-gpu: $(INSTALLED)
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 SKIPVIT_REQUIRE=$(REQUIRE_GPU) $(BIN)/pytest \
-	  tests/test_operators.py tests/test_triton_gpu.py tests/test_triton_aot.py -k triton
+	  tests/ops/test_operators.py tests/backends/test_triton_gpu.py tests/backends/test_triton_aot.py -k triton
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/pytest benchmarks/ --device cuda --benchmark-only \

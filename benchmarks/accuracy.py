@@ -25,8 +25,8 @@ from timm.models import load_checkpoint
 from tqdm import tqdm
 
 import skipvit_kernels as sk
-from skipvit_kernels import bench
-from skipvit_kernels.info import cpu_name
+from skipvit_kernels.lab import bench
+from skipvit_kernels.lab.info import cpu_name
 
 TABLE_1 = [text for text in bench.TABLE_1 if not text.endswith("+fused")]
 CONFIGS = ("", *TABLE_1, *(f"{text}:mean" for text in TABLE_1), "6(45%)+fused", "6(55%)")

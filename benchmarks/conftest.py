@@ -15,7 +15,7 @@ import devices
 import pytest
 from rich.console import Console
 
-from skipvit_kernels import bench, info, report
+from skipvit_kernels.lab import bench, info, report
 
 COLUMNS = (
     *("operator", "shape", "dtype", "threads", "ours_us", "naive_us", "best_us", "compiled_us"),

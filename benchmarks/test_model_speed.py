@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 import torch
 
-from skipvit_kernels import bench
-from skipvit_kernels.bench import Job, scaled
+from skipvit_kernels.lab import bench
+from skipvit_kernels.lab.bench import Job, scaled
 
 SMALL, BASE, LARGE = (f"vit_{size}_patch16_224" for size in ("small", "base", "large"))
 LOSSLESS, SKIP, BOTH = ":cls", "6(55%)+11", "6(55%)+11:cls"

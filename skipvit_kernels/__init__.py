@@ -9,9 +9,7 @@ torch alone; `patch` and what goes with it need timm.
 """
 
 from skipvit_kernels import backends as _backends  # noqa: F401  (registers the kernels)
-from skipvit_kernels.advise import Advice, advise
-from skipvit_kernels.arithmetic import ViTShape, activations, ideal_speedup, macs
-from skipvit_kernels.config import SkipConfig
+from skipvit_kernels.lab.advise import Advice, advise
 from skipvit_kernels.ops import (
     cls_scores,
     gather_rows,
@@ -19,7 +17,9 @@ from skipvit_kernels.ops import (
     gather_topk_fuse,
     scatter_back,
 )
-from skipvit_kernels.patch import (
+from skipvit_kernels.skipping.config import SkipConfig
+from skipvit_kernels.skipping.cost import ViTShape, activations, ideal_speedup, macs
+from skipvit_kernels.skipping.patch import (
     SkipRecord,
     VerifyReport,
     is_patched,
@@ -29,7 +29,7 @@ from skipvit_kernels.patch import (
     unpatch,
     verify,
 )
-from skipvit_kernels.skip_block import SkipBlock
+from skipvit_kernels.skipping.run import SkipBlock
 
 __all__ = [
     "Advice",

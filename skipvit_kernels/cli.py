@@ -141,7 +141,7 @@ def _positive(text: str) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from skipvit_kernels import demo
+    from skipvit_kernels.lab import demo
 
     try:
         options = demo.Options(args.epochs, args.out, args.threads, args.seed)
@@ -153,7 +153,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from skipvit_kernels import bench, report
+    from skipvit_kernels.lab import bench, report
 
     _set_threads(args.threads)
     modes = {"forward": [False], "training": [True], "both": [False, True]}[args.mode]
@@ -183,8 +183,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _advise(args: argparse.Namespace) -> int:
-    from skipvit_kernels import bench
-    from skipvit_kernels.advise import advise
+    from skipvit_kernels.lab import bench
+    from skipvit_kernels.lab.advise import advise
 
     _set_threads(args.threads)
     try:
@@ -218,7 +218,7 @@ def _set_threads(threads: int | None) -> None:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from skipvit_kernels import info
+    from skipvit_kernels.lab import info
 
     print(info.text())
     return 0

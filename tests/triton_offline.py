@@ -84,7 +84,7 @@ class OfflineDriver:
 @contextlib.contextmanager
 def offline(target: str) -> Iterator[OfflineDriver]:
     """Launchers on CPU tensors compile for `target` and record their launches."""
-    from skipvit_kernels.backends.triton import rows, scores, tiles, topk
+    from skipvit_kernels.backends.triton import launch, rows, scores, topk
 
     kernels = [
         value
@@ -92,13 +92,13 @@ def offline(target: str) -> Iterator[OfflineDriver]:
         for value in vars(module).values()
         if isinstance(value, triton.runtime.JITFunction)
     ]
-    previous, warp_size = driver._active, tiles.WARP_SIZE
+    previous, warp_size = driver._active, launch.WARP_SIZE
     offline_driver = OfflineDriver(target)
     driver.set_active(offline_driver)
-    assert not tiles.INTERPRETING, "TRITON_INTERPRET must not be set"
-    tiles.CPU_TENSORS = True
-    tiles._compiled.clear()
-    tiles.WARP_SIZE = TARGETS[target].warp_size
+    assert not launch.INTERPRETING, "TRITON_INTERPRET must not be set"
+    launch.CPU_TENSORS = True
+    launch._compiled.clear()
+    launch.WARP_SIZE = TARGETS[target].warp_size
     for kernel in kernels:
         kernel.device_caches.clear()
     try:
@@ -110,8 +110,8 @@ def offline(target: str) -> Iterator[OfflineDriver]:
                     compiled_kernel.module = None  # there is nothing to unload
             kernel.device_caches.clear()
         driver._active = previous
-        tiles.CPU_TENSORS, tiles.WARP_SIZE = False, warp_size
-        tiles._compiled.clear()
+        launch.CPU_TENSORS, launch.WARP_SIZE = False, warp_size
+        launch._compiled.clear()
 
 
 def compiled(*modules: Any) -> dict[str, list[Any]]:

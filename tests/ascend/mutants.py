@@ -88,7 +88,10 @@ def caught_by(mutant: Mutant, root: Path = ROOT) -> str:
             return "the compiler"
         # The tests of the model itself say nothing about a kernel.
         select = "(npu-model or ascend_model) and not model_objects and not compile"
-        tests = [str(ROOT / "tests" / f) for f in ("test_ascend_model.py", "test_operators.py")]
+        tests = [
+            str(ROOT / "tests" / f)
+            for f in ("ascend/test_ascend_model.py", "ops/test_operators.py")
+        ]
         options = ["-x", "-q", "--no-header", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
         command = [sys.executable, "-m", "pytest", *options, "-k", select, *tests]
         try:

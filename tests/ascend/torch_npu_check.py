@@ -6,7 +6,7 @@
 In an environment of its own: without CANN, an installed torch_npu breaks `import torch` for all
 else. Builds a driver library (fake_acl.cpp, and an entry point that returns 0 for whatever else
 torch_npu links), the model with the kernels' launch functions, and ascend_ops/binding.cpp; then
-runs tests/test_ascend_torch_npu.py with these in front.
+runs tests/ascend/test_ascend_torch_npu.py with these in front.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def main() -> int:
     }
     environment.pop("ASCEND_HOME_PATH", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               str(ROOT / "tests/test_ascend_torch_npu.py"), *sys.argv[1:]]  # fmt: skip
+               str(ROOT / "tests/ascend/test_ascend_torch_npu.py"), *sys.argv[1:]]  # fmt: skip
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
 

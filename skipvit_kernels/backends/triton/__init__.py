@@ -7,7 +7,7 @@ Triton itself is imported by the first launch: no CUDA context and no second of 
     rows.py     gather_rows, scatter_back and their backwards: rows that move
     topk.py     gather_topk, gather_topk_fuse and its backward: the selection
     scores.py   cls_scores
-    tiles.py    what they share: tile sizes and the launch
+    launch.py   what they share: tile sizes and the launch
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skipvit_kernels.backends.triton.tiles import (
+from skipvit_kernels.backends.triton.launch import (
     cdiv,
     image_and_tile,
     launch,

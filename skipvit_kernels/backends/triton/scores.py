@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skipvit_kernels.backends.triton.tiles import block, cdiv, image_and_tile, launch
+from skipvit_kernels.backends.triton.launch import block, cdiv, image_and_tile, launch
 
 # Above this the logits of a head do not fit the registers of one program beside its keys.
 MAX_TOKENS = 1024

@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from skipvit_kernels import reference
-from skipvit_kernels.backends.triton import tiles as shared
-from skipvit_kernels.backends.triton.rows import LOOKUP, gather_rows, rows_moved_to
-from skipvit_kernels.backends.triton.tiles import (
+from skipvit_kernels.backends.triton import launch as shared
+from skipvit_kernels.backends.triton.launch import (
     block,
     cdiv,
     image_and_tile,
@@ -26,6 +25,7 @@ from skipvit_kernels.backends.triton.tiles import (
     move_tile,
     sum_tile,
 )
+from skipvit_kernels.backends.triton.rows import LOOKUP, gather_rows, rows_moved_to
 
 # Above this one program cannot hold an image's keys in registers: plain PyTorch takes over.
 MAX_PATCHES = 16384

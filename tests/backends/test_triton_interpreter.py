@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, beyond what the shared suite asks of every backend.
 
-TRITON_INTERPRET=1 python -m pytest tests/test_triton_interpreter.py
+TRITON_INTERPRET=1 python -m pytest tests/backends/test_triton_interpreter.py
 """
 
 import os

@@ -7,7 +7,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import skipvit_kernels as sk
-from skipvit_kernels import measure, skip_block
+from skipvit_kernels.lab import clock
+from skipvit_kernels.skipping import run
 
 CONFIGS = ("6(55%)+11", "6(55%)+11:mean", "4,7(30%,30%)+10", "6(45%)+fused", "5(40%)", "")
 
@@ -47,7 +48,7 @@ def tokens_seen(model):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_floor_works_on_the_tokens_that_the_config_counts(config):
     counted = [tuple(count) for count in sk.SkipConfig.parse(config).token_counts(12, 64)]
-    assert tokens_seen(measure.sliced(make_model(), config)) == counted
+    assert tokens_seen(clock.sliced(make_model(), config)) == counted
 
 
 @pytest.mark.parametrize("config", ["6(55%)+11", "4,7(30%,30%)+10", "5(40%)"])
@@ -56,9 +57,9 @@ def test_the_floor_is_the_patched_model_that_chose_the_first_patches(config, mon
         patches = k.shape[2] - num_prefix_tokens
         return torch.arange(patches, 0.0, -1.0).expand(k.shape[0], -1)
 
-    monkeypatch.setattr(skip_block, "cls_scores", first_patches)
+    monkeypatch.setattr(run, "cls_scores", first_patches)
     model = make_model()
-    floor, patched = measure.sliced(model, config), sk.patch(model, config)
+    floor, patched = clock.sliced(model, config), sk.patch(model, config)
     images = torch.randn(3, 3, 32, 32)
     ours, expected = floor(images), patched(images)
     torch.testing.assert_close(ours, expected)
@@ -70,14 +71,14 @@ def test_the_floor_is_the_patched_model_that_chose_the_first_patches(config, mon
 
 def test_the_floor_of_a_patched_model_in_warm_up_drops_all_the_same():
     model = sk.patch(make_model(), "6(45%)+fused", warmup_epochs=3)
-    floor = measure.sliced(model, sk.SkipConfig.parse("6(55%)+11:warmup=15"))
+    floor = clock.sliced(model, sk.SkipConfig.parse("6(55%)+11:warmup=15"))
     assert tokens_seen(floor)[6] == (30, 30)
     assert tokens_seen(model) == [(65, 65)] * 12
     assert model.blocks.config == sk.SkipConfig.parse("6(45%)+fused:warmup=3")
 
 
 def test_the_floor_can_be_moved_and_is_never_left_out_by_checkpointing():
-    floor = measure.sliced(make_model(), "6(55%)+11").double()
+    floor = clock.sliced(make_model(), "6(55%)+11").double()
     assert floor(torch.randn(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
     floor.set_grad_checkpointing()
     with pytest.raises(RuntimeError, match="layer 6 drops tokens"):
@@ -88,10 +89,10 @@ def test_training_step_trains_and_holds_no_gradients():
     model = torch.nn.Linear(4, 3)
     before = model.weight.detach().clone()
     images, labels = torch.randn(8, 4), torch.randint(3, (8,))
-    measure.training_step(model, images, labels)()
+    clock.training_step(model, images, labels)()
     assert torch.equal(model.weight, before)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    measure.training_step(model, images, labels, optimizer)()
+    clock.training_step(model, images, labels, optimizer)()
     assert not torch.equal(model.weight, before)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -101,8 +102,8 @@ def test_steps_run_under_autocast_and_inference_records_nothing(autocast):
     model, seen = torch.nn.Linear(4, 3), []
     model.register_forward_hook(lambda _, args, out: seen.append((out.dtype, out.requires_grad)))
     images, labels = torch.randn(8, 4), torch.randint(3, (8,))
-    measure.forward_step(model, images, autocast=autocast)()
-    measure.training_step(model, images, labels, autocast=autocast)()
+    clock.forward_step(model, images, autocast=autocast)()
+    clock.training_step(model, images, labels, autocast=autocast)()
     dtype = autocast or torch.float32
     assert seen == [(dtype, False), (dtype, True)]
 
@@ -110,7 +111,7 @@ def test_steps_run_under_autocast_and_inference_records_nothing(autocast):
 def test_interleave_takes_turns_without_garbage_collection():
     turns = []
     calls = {name: lambda name=name: turns.append((name, gc.isenabled())) for name in "AB"}
-    times = measure.interleave(calls, rounds=3, warmup=1)
+    times = clock.interleave(calls, rounds=3, warmup=1)
     assert turns == [("A", False), ("B", False)] * 4
     assert gc.isenabled()
     for lists in (times.seconds, times.cpu_seconds):
@@ -119,18 +120,18 @@ def test_interleave_takes_turns_without_garbage_collection():
 
 def test_interleave_turns_garbage_collection_on_again_after_an_error():
     with pytest.raises(ZeroDivisionError):
-        measure.interleave({"A": lambda: 1 / 0})
+        clock.interleave({"A": lambda: 1 / 0})
     assert gc.isenabled()
 
 
 @pytest.mark.parametrize("wrong", [{"calls": {}}, {"rounds": 0}, {"warmup": -1}])
 def test_interleave_refuses(wrong):
     with pytest.raises(ValueError, match="interleave needs"):
-        measure.interleave(**{"calls": {"A": lambda: None}, **wrong})
+        clock.interleave(**{"calls": {"A": lambda: None}, **wrong})
 
 
 def test_ratios():
-    times = measure.Times({"A": [2.0, 9.0, 6.0], "B": [4.0, 3.0, 3.0]}, {})
+    times = clock.Times({"A": [2.0, 9.0, 6.0], "B": [4.0, 3.0, 3.0]}, {})
     assert times.best("A") == 2
     assert times.ratio("A", "B") == pytest.approx(2 / 3)
     assert times.paired_ratio("A", "B") == 2  # of 0.5, 3 and 2
@@ -146,17 +147,17 @@ def test_peak_memory_is_of_what_is_held_at_once():
         torch.empty(2800)
 
     outside = torch.empty(10**6)
-    assert measure.peak_memory(call) == 12_000
-    assert measure.peak_memory(lambda: outside.add_(1)) < 1000
+    assert clock.peak_memory(call) == 12_000
+    assert clock.peak_memory(lambda: outside.add_(1)) < 1000
 
 
 def test_peak_memory_of_a_training_step_follows_the_tokens():
     images, labels = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
     plain = make_model()
     steps = [
-        measure.training_step(model, images, labels)
-        for model in (plain, measure.sliced(plain, "6(55%)+11"), measure.sliced(plain, "2(55%)"))
+        clock.training_step(model, images, labels)
+        for model in (plain, clock.sliced(plain, "6(55%)+11"), clock.sliced(plain, "2(55%)"))
     ]
-    some, fewer, least = (measure.peak_memory(step) for step in steps)
-    assert measure.peak_memory(steps[0]) == some
+    some, fewer, least = (clock.peak_memory(step) for step in steps)
+    assert clock.peak_memory(steps[0]) == some
     assert least < 0.7 * some < fewer < 0.9 * some

@@ -31,10 +31,10 @@ from sklearn.model_selection import train_test_split
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from skipvit_kernels import info, measure
-from skipvit_kernels.arithmetic import ideal_speedup
-from skipvit_kernels.config import SkipConfig
-from skipvit_kernels.patch import patch, record_skips
+from skipvit_kernels.lab import clock, info
+from skipvit_kernels.skipping.config import SkipConfig
+from skipvit_kernels.skipping.cost import ideal_speedup
+from skipvit_kernels.skipping.patch import patch, record_skips
 
 SETTINGS = {"baseline": "", "skip": "6(55%)+11", "fused": "6(45%)+fused"}
 BATCH_SIZE = 32
@@ -244,16 +244,16 @@ def _measure(models: dict[str, nn.Module], digits: Digits) -> tuple[list[Row], f
     accuracy = {name: _accuracy(model, digits) for name, model in models.items()}
     copies = {name: copy.deepcopy(model) for name, model in models.items()}
     copies |= {
-        f"sliced {name}": measure.sliced(copy.deepcopy(models[name]), config)
+        f"sliced {name}": clock.sliced(copy.deepcopy(models[name]), config)
         for name, config in SETTINGS.items()
         if config
     }
     images, labels = digits.train_images[:BATCH_SIZE], digits.train_labels[:BATCH_SIZE]
     steps = {
-        name: measure.training_step(model.train(), images, labels, _optimizer(model))
+        name: clock.training_step(model.train(), images, labels, _optimizer(model))
         for name, model in copies.items()
     }
-    times = measure.interleave(steps, rounds=ROUNDS)
+    times = clock.interleave(steps, rounds=ROUNDS)
     rows = []
     for name, text in SETTINGS.items():
         config = SkipConfig.parse(text)
@@ -269,7 +269,7 @@ def _measure(models: dict[str, nn.Module], digits: Digits) -> tuple[list[Row], f
                 ideal_speedup=ideal_speedup(models[name], config),
                 overhead=times.paired_ratio(name, floor) - 1 if text else None,
                 shortest_overhead=times.ratio(name, floor) - 1 if text else None,
-                peak_memory=measure.peak_memory(steps[name]),
+                peak_memory=clock.peak_memory(steps[name]),
                 accuracy=accuracy[name],
             )
         )

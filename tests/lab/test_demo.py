@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import skipvit_kernels as sk
-from skipvit_kernels import cli, demo, measure
+from skipvit_kernels import cli
+from skipvit_kernels.lab import clock, demo
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +80,9 @@ def test_overhead_is_over_the_sliced_floor_and_the_trained_models_stay(small, mo
         assert steps.keys() == seconds.keys()
         for step in steps.values():
             step()
-        return measure.Times(seconds, seconds)
+        return clock.Times(seconds, seconds)
 
-    monkeypatch.setattr(measure, "interleave", known)
+    monkeypatch.setattr(clock, "interleave", known)
     models = {
         name: sk.patch(demo.build_model(0), config) if config else demo.build_model(0)
         for name, config in demo.SETTINGS.items()
@@ -137,7 +138,7 @@ def test_a_missing_extra_is_named_in_one_line(package, monkeypatch, capsys):
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         return real(name, *args, **kwargs)
 
-    monkeypatch.delitem(sys.modules, "skipvit_kernels.demo")
+    monkeypatch.delitem(sys.modules, "skipvit_kernels.lab.demo")
     monkeypatch.delattr(sk, "demo")
     monkeypatch.setattr(builtins, "__import__", without)
     assert cli.main(["demo"]) == 1

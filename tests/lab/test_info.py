@@ -6,7 +6,8 @@ import sys
 import pytest
 
 import skipvit_kernels as sk
-from skipvit_kernels import backends, cli, info, ops
+from skipvit_kernels import backends, cli, ops
+from skipvit_kernels.lab import info
 
 
 def run_without(module, code):
@@ -43,7 +44,7 @@ def test_no_operator_falls_back_where_the_cpu_kernels_load():
 
 def test_a_missing_library_is_reported():
     code = (
-        "from skipvit_kernels import info\n"
+        "from skipvit_kernels.lab import info\n"
         "cpu = [k for k in info.kernels() if k.key == 'CPU']\n"
         "print({k.runs for k in cpu}, *{k.reason for k in cpu}, sep='|')\n"
         "print(info.text())"

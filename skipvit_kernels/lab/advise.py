@@ -8,9 +8,9 @@ import time
 
 from torch import nn
 
-from skipvit_kernels import bench
-from skipvit_kernels.config import SkipConfig
-from skipvit_kernels.patch import is_patched, unpatch
+from skipvit_kernels.lab import bench
+from skipvit_kernels.skipping.config import SkipConfig
+from skipvit_kernels.skipping.patch import is_patched, unpatch
 
 LEAST_ROUNDS = 3
 LEAST_GAIN = 0.02  # below two percent nobody should change a model

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
-from skipvit_kernels.config import SkipConfig, num_kept
-from skipvit_kernels.patch import SkipSequential, is_patched, patch, unpatch
-from skipvit_kernels.skip_block import cls_run
+from skipvit_kernels.skipping.config import SkipConfig, num_kept
+from skipvit_kernels.skipping.patch import SkipSequential, is_patched, patch, unpatch
+from skipvit_kernels.skipping.run import cls_run
 
 
 class SlicedSequential(SkipSequential):

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipvit_kernels import info, measure
-from skipvit_kernels.arithmetic import ViTShape, activations, ideal_speedup
-from skipvit_kernels.config import SkipConfig
-from skipvit_kernels.patch import patch, verify
+from skipvit_kernels.lab import clock, info
+from skipvit_kernels.skipping.config import SkipConfig
+from skipvit_kernels.skipping.cost import ViTShape, activations, ideal_speedup
+from skipvit_kernels.skipping.patch import patch, verify
 
 # SkipViT's Table 1, for 12 blocks.
 TABLE_1 = (
@@ -201,10 +201,10 @@ def usual(model: Any) -> tuple[tuple[str, ...], list[str]]:
     Raises:
         ValueError: where the model cannot be patched at all.
     """
-    patch(measure.twin(model), "")
+    patch(clock.twin(model), "")
     configs, notes, cls = [], [], ":cls"
     try:
-        patch(measure.twin(model), cls)
+        patch(clock.twin(model), cls)
         configs.append(cls)
     except ValueError as error:
         cls = ""
@@ -212,7 +212,7 @@ def usual(model: Any) -> tuple[tuple[str, ...], list[str]]:
     for config in ("6(55%)+11", "4,7(30%,30%)+10", "6(45%)+fused"):
         try:
             text = scaled(config, len(model.blocks)) + cls
-            patch(measure.twin(model), text)
+            patch(clock.twin(model), text)
             configs.append(text)
         except ValueError as error:
             notes.append(f"{config} is not possible here: {error}.")
@@ -266,9 +266,9 @@ def run(
     variants: dict[str, nn.Module] = {}
     for name in job.variants:
         if name in job.floors:
-            variants[name] = measure.sliced(model, job.floors[name])
+            variants[name] = clock.sliced(model, job.floors[name])
         else:
-            variants[name] = measure.twin(model)
+            variants[name] = clock.twin(model)
         if name in job.configs:
             patch(variants[name], name, warmup_epochs=0)
     check_memory(job, model)
@@ -278,19 +278,19 @@ def run(
             verify(model, config, images=image)
     load = os.getloadavg()[0]
     calls = {name: _call(job, model, variant) for name, variant in variants.items()}
-    times = measure.Times.of(calls)
+    times = clock.Times.of(calls)
     peaks: dict[str, int] = {}
     resident: dict[str, int | None] = {}
     try:
-        measure.interleave(
+        clock.interleave(
             calls, rounds=job.rounds, warmup=job.warmup, device=job.device, times=times,
             on_call=on_call,
         )  # fmt: skip
         for name in ("unpatched", *job.configs) if job.memory else ():
-            peaks[name] = measure.peak_memory(calls[name], device=job.device)
+            peaks[name] = clock.peak_memory(calls[name], device=job.device)
             on_call()
             if job.device == "cpu":
-                resident[name] = measure.resident_peak(calls[name])
+                resident[name] = clock.resident_peak(calls[name])
                 on_call()
     except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises RuntimeError
         # Not just "memory": an illegal memory access is a fault of a kernel.
@@ -308,7 +308,7 @@ def run(
 def _rows(
     job: Job,
     model: Any,
-    times: measure.Times,
+    times: clock.Times,
     peaks: dict[str, int],
     resident: dict[str, int | None],
     load: float,
@@ -355,10 +355,10 @@ def _call(job: Job, model: Any, variant: nn.Module) -> Callable[[], None]:
     images = torch.randn(job.batch_size, *_image_shape(model), device=job.device)
     autocast = torch.bfloat16 if job.bfloat16 else None
     if not job.training:
-        step = measure.forward_step(variant, images, autocast=autocast)
-        return measure.cuda_graph(step) if job.cuda_graph else step
+        step = clock.forward_step(variant, images, autocast=autocast)
+        return clock.cuda_graph(step) if job.cuda_graph else step
     labels = torch.zeros(job.batch_size, dtype=torch.int64, device=job.device)
-    return measure.training_step(variant, images, labels, autocast=autocast)
+    return clock.training_step(variant, images, labels, autocast=autocast)
 
 
 def _image_shape(model: Any) -> tuple[int, ...]:
@@ -410,13 +410,13 @@ def block_seconds(job: Job, *, rounds: int = 10, warmup: int = 2) -> dict[str, l
     """
     model = build(job).eval()
     images = torch.randn(job.batch_size, *_image_shape(model), device=job.device)
-    variants = {"unpatched": measure.twin(model)}
+    variants = {"unpatched": clock.twin(model)}
     for config in job.configs[:3]:
-        variants[config] = patch(measure.twin(model), config, warmup_epochs=0)
+        variants[config] = patch(clock.twin(model), config, warmup_epochs=0)
     best: dict[str, list[float]] = {}
     for turn in range(-warmup, rounds):
         for name, variant in variants.items():
-            seconds = measure.layer_seconds(variant, images)
+            seconds = clock.layer_seconds(variant, images)
             if turn >= 0:
                 best[name] = list(map(min, seconds, best.get(name, seconds)))
     return best

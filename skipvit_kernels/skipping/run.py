@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from skipvit_kernels.config import Ratio, as_ratio, num_kept
 from skipvit_kernels.ops import cls_scores, gather_topk, gather_topk_fuse, scatter_back
+from skipvit_kernels.skipping.config import Ratio, as_ratio, num_kept
 
 # The parts of a block that can drop: a block or an attention with any other part is refused,
 # because what we do not call would silently be left out.

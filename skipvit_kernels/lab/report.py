@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from skipvit_kernels.bench import (
+from skipvit_kernels.lab.bench import (
     Job,
     Row,
     TooLittleMemory,
@@ -23,7 +23,7 @@ from skipvit_kernels.bench import (
     missing_kernels,
     run,
 )
-from skipvit_kernels.info import versions
+from skipvit_kernels.lab.info import versions
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"

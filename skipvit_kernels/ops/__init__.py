@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from skipvit_kernels import checks, reference
+from skipvit_kernels import reference
+from skipvit_kernels.ops import checks
 
 LIBRARY = torch.library.Library("skipvit", "DEF")
 

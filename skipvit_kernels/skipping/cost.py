@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from skipvit_kernels.config import SkipConfig
+from skipvit_kernels.skipping.config import SkipConfig
 
 
 @dataclasses.dataclass(frozen=True)

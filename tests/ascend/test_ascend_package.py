@@ -10,7 +10,7 @@ import torch
 
 from skipvit_kernels.backends import npu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def in_a_fresh_interpreter(code):

@@ -14,9 +14,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import skipvit_kernels as sk
-from skipvit_kernels import skip_block
-from skipvit_kernels.config import num_kept
-from skipvit_kernels.patch import SkipSequential
+from skipvit_kernels.skipping import run
+from skipvit_kernels.skipping.config import num_kept
+from skipvit_kernels.skipping.patch import SkipSequential
 
 SMALL = dict(img_size=48, patch_size=8, embed_dim=48, depth=12, num_heads=3, num_classes=7)
 CONFIGS = [
@@ -203,11 +203,11 @@ def test_the_mean_update_is_taken_in_float32(monkeypatch):
     for parameter in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters()):
         nn.init.zeros_(parameter)  # it moves nothing
     scores = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]])
-    monkeypatch.setattr(skip_block, "cls_scores", lambda q, k, **options: scores)
+    monkeypatch.setattr(run, "cls_scores", lambda q, k, **options: scores)
     x = torch.zeros(1, 7, 48, dtype=torch.bfloat16)
     x[:, 1:5] = 64
     moves = torch.tensor([0, 0.5, 0, 0, 0], dtype=torch.bfloat16)[:, None]
-    back = skip_block.skip_run(
+    back = run.skip_run(
         x, [block, lambda tokens: tokens + moves], drop_ratio=Fraction("1/3"), rejoin_update="mean"
     )
     assert back[0, :, 0].tolist() == [0, 64.5, 64, 64, 64, 0.125, 0.125]

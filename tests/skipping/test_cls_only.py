@@ -271,6 +271,6 @@ def test_callers_that_want_other_tokens_are_refused(images):
 
 def test_cls_block_refuses_settings_that_make_no_sense():
     with pytest.raises(ValueError, match="num_rows must be at least 1, got 0"):
-        sk.skip_block.ClsBlock(vit().blocks[0], 0)
+        sk.skipping.run.ClsBlock(vit().blocks[0], 0)
     with pytest.raises(ValueError, match=r"block 0 of the run must be .*, got .*Linear"):
-        sk.skip_block.ClsBlock(nn.Linear(2, 2))
+        sk.skipping.run.ClsBlock(nn.Linear(2, 2))

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipvit_kernels.config import SkipConfig
-from skipvit_kernels.skip_block import (
+from skipvit_kernels.skipping.config import SkipConfig
+from skipvit_kernels.skipping.run import (
     ClsBlock,
     SkipBlock,
     check_blocks,
@@ -195,7 +195,7 @@ def patch(
     for layer in config.drop_at[:1]:
         check_blocks(list(blocks)[layer - 1 : stop])
     if config.cls_only_last_block:
-        from skipvit_kernels.cls_model import make_cls_only
+        from skipvit_kernels.skipping.cls_only import make_cls_only
 
         check_cls_block(blocks[-1])
         make_cls_only(model)
@@ -221,7 +221,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     """
     for blocks in _patched(model, "unpatch"):
         if blocks.config.cls_only_last_block:
-            from skipvit_kernels.cls_model import undo
+            from skipvit_kernels.skipping.cls_only import undo
 
             for module in model.modules():
                 undo(module)

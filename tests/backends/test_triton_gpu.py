@@ -207,7 +207,7 @@ def test_a_graph_of_our_own_replays_on_new_inputs():
 def test_a_model_is_measured_on_the_device():
     """Training under autocast, inference as a CUDA graph, blocks, and advice: all code paths."""
     pytest.importorskip("timm")
-    from skipvit_kernels import bench
+    from skipvit_kernels.lab import bench
 
     shared = dict(device="cuda", bfloat16=True, rounds=3)
     configs = ("6(55%)+11", ":cls", "6(45%)+fused:cls")

@@ -14,9 +14,10 @@ import timm
 import torch
 
 import skipvit_kernels as sk
-from skipvit_kernels import bench, cli, measure, report
-from skipvit_kernels.advise import advise
-from skipvit_kernels.bench import Job, Row, TooLittleMemory
+from skipvit_kernels import cli
+from skipvit_kernels.lab import bench, clock, report
+from skipvit_kernels.lab.advise import advise
+from skipvit_kernels.lab.bench import Job, Row, TooLittleMemory
 
 CONFIGS = ("6(55%)+11", ":cls", "6(45%)+fused:cls")
 
@@ -67,10 +68,10 @@ def test_training_memory_falls_by_the_activations_of_the_skipped_tokens():
     model = timm.create_model("vit_small_patch16_224", depth=6).train()
     images, labels = torch.randn(8, 3, 224, 224), torch.zeros(8, dtype=torch.int64)
     steps = {
-        config: measure.training_step(sk.patch(measure.twin(model), config), images, labels)
+        config: clock.training_step(sk.patch(clock.twin(model), config), images, labels)
         for config in ("", "3(55%)+6", "3(55%)+6:cls", "3(45%)+fused")
     }
-    peaks = {config: measure.peak_memory(step) for config, step in steps.items()}
+    peaks = {config: clock.peak_memory(step) for config, step in steps.items()}
     for config in list(steps)[1:]:
         fewer = 4 * 8 * (sk.activations(model) - sk.activations(model, config))
         assert peaks[""] - peaks[config] >= fewer, config
@@ -80,7 +81,7 @@ def test_what_the_autograd_graph_holds_is_what_is_counted():
     """Every tensor that the blocks save, once each, but for weights and some numbers a row."""
     model = timm.create_model("deit_tiny_patch16_224", depth=3).train()
     for config in ("", "1(55%)+3", ":cls"):
-        twin = sk.patch(measure.twin(model), config)
+        twin = sk.patch(clock.twin(model), config)
         tokens = torch.randn(2, 197, 192, requires_grad=True)
         held = {tokens.data_ptr(): tokens.numel()}
         weights = {p.data_ptr() for p in model.parameters()}
@@ -124,7 +125,7 @@ def test_each_variant_runs_as_the_job_says(training, monkeypatch):
         ran.append((dropping, variant.training, len(images), autocast))
         return lambda: None
 
-    monkeypatch.setattr(measure, "training_step" if training else "forward_step", step)
+    monkeypatch.setattr(clock, "training_step" if training else "forward_step", step)
     monkeypatch.setattr(torch, "compile", lambda variant: compiled.append(variant) or variant)
     found: list[Row] = []
     bench.run(job(configs=("6(55%)+11:warmup=15",), training=training, bfloat16=True,
@@ -145,7 +146,7 @@ def test_block_seconds_are_the_shortest_of_each(monkeypatch):
         call = next(count)
         return [call, 10 - call]
 
-    monkeypatch.setattr(measure, "layer_seconds", seconds)
+    monkeypatch.setattr(clock, "layer_seconds", seconds)
     best = bench.block_seconds(job(configs=("6(55%)+11:warmup=15",)), rounds=2, warmup=1)
     assert best == {"unpatched": [2, 6], "6(55%)+11:warmup=15": [3, 5]}
     assert dropping == [False, True] * 3
@@ -210,7 +211,7 @@ def test_memory_that_ends_while_measuring_is_told_apart(monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(measure, "interleave", fail)
+    monkeypatch.setattr(clock, "interleave", fail)
     with pytest.raises(TooLittleMemory, match="does not fit"):
         bench.run(job(), [])
 
@@ -219,7 +220,7 @@ def test_other_errors_pass(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("something else: an illegal memory access was encountered")
 
-    monkeypatch.setattr(measure, "interleave", fail)
+    monkeypatch.setattr(clock, "interleave", fail)
     with pytest.raises(RuntimeError, match="something else"):
         bench.run(job(), [])
 
@@ -281,7 +282,7 @@ def test_usual_settings_are_those_that_the_model_can_have():
 
 def test_twins_share_weights_and_nothing_else():
     model = timm.create_model("deit_tiny_patch16_224", depth=2)
-    twin = measure.twin(model)
+    twin = clock.twin(model)
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
     assert all(mine is theirs for mine, theirs in pairs)
     sk.patch(twin, "1(50%)+2")
@@ -289,9 +290,9 @@ def test_twins_share_weights_and_nothing_else():
 
 
 def test_resident_peak_counts_what_is_written():
-    if measure.resident_peak(lambda: None) is None:
+    if clock.resident_peak(lambda: None) is None:
         pytest.skip("needs Linux, glibc and a /proc/self/clear_refs that can be written")
-    peak = measure.resident_peak(lambda: torch.ones(2**24).sum())  # 64 MiB
+    peak = clock.resident_peak(lambda: torch.ones(2**24).sum())  # 64 MiB
     assert 63 * 2**20 < peak < 80 * 2**20  # the kernel counts in batches of pages
 
 
@@ -299,11 +300,11 @@ def test_resident_peak_counts_what_an_earlier_call_freed_and_this_one_uses_again
     def pieces():
         return [torch.ones(2**13) for _ in range(2**11)]  # 64 MiB, so small that the heap keeps it
 
-    if measure.resident_peak(lambda: None) is None:
+    if clock.resident_peak(lambda: None) is None:
         pytest.skip("needs Linux, glibc and a /proc/self/clear_refs that can be written")
     *freed, last = pieces()  # the last stays, or the heap would shrink
     del freed
-    assert measure.resident_peak(pieces) > 60 * 2**20
+    assert clock.resident_peak(pieces) > 60 * 2**20
     assert last.sum() == 2**13
 
 
@@ -313,7 +314,7 @@ def test_layer_seconds_tell_the_slow_block():
     for config in ("", "2(50%)+4:cls"):
         patched = sk.patch(copy.deepcopy(model), config)
         hooks = [len(module._forward_pre_hooks) for module in patched.modules()]
-        seconds = measure.layer_seconds(patched, torch.randn(1, 3, 32, 32))
+        seconds = clock.layer_seconds(patched, torch.randn(1, 3, 32, 32))
         assert len(seconds) == 4 and max(seconds) == seconds[2] > 0.05
         assert [len(module._forward_pre_hooks) for module in patched.modules()] == hooks
 
@@ -589,7 +590,7 @@ def test_a_missing_package_names_the_extra(command, package, extra, monkeypatch,
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         return real(name, *args, **kwargs)
 
-    monkeypatch.delitem(sys.modules, "skipvit_kernels.report")
+    monkeypatch.delitem(sys.modules, "skipvit_kernels.lab.report")
     monkeypatch.delattr(sk, "report")
     monkeypatch.setattr(builtins, "__import__", without)
     assert cli.main([command, "deit_tiny_patch16_224"]) == 1

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import skipvit_kernels as sk
-from skipvit_kernels.config import num_kept
+from skipvit_kernels.skipping.config import num_kept
 
 # Table 1 of SkipViT: tokens in the MLPs of blocks 1..12, CLS included, and GMACs of ViT-S/16.
 TABLE_1 = {

@@ -1,0 +1,1 @@
+"""Skipping in transformer blocks: configuration, runs of blocks, and the patch of whole models."""
