@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -101,14 +102,17 @@ std::vector<Tensor> run(const char* name, std::vector<Tensor> inputs, const Plan
   return outputs;
 }
 
-Tensor cls_scores(const Tensor& q, const Tensor& k, double scale, int64_t num_prefix_tokens) {
+Tensor cls_scores(const Tensor& q, const Tensor& k, std::optional<double> scale,
+                  int64_t num_prefix_tokens) {
   Tensor keys = plain(k);
   if (keys.dim() == 4 && !reads_in_place(view_of("k", keys))) {
     keys = keys.contiguous();
   }
   const Tensor query = dense(q);
+  const double width = query.dim() > 0 ? static_cast<double>(query.size(-1)) : 1;
+  const double factor = scale.value_or(std::pow(width, -0.5));
   return run("skipvit_cls_scores", {query, keys}, [&](uint32_t cores) {
-    return skipvit::cls_scores(view_of("q", query), view_of("k", keys), scale, num_prefix_tokens,
+    return skipvit::cls_scores(view_of("q", query), view_of("k", keys), factor, num_prefix_tokens,
                                cores);
   })[0];
 }

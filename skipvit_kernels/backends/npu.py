@@ -12,13 +12,11 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from skipvit_kernels import ops as _schemas  # noqa: F401  (before the kernels)
-
-skipvit = torch.ops.skipvit
+from skipvit_kernels import ops  # before the kernels: it defines their schemas
 
 LIBRARY = Path(__file__).parents[1] / "_ascend.so"
 
@@ -61,54 +59,9 @@ if "torch_npu" in sys.modules and LIBRARY.exists():
     _load_error()
 
 
-def cls_scores(
-    q: Tensor, k: Tensor, *, scale: float | None = None, num_prefix_tokens: int = 1
-) -> Tensor:
+def __getattr__(name: str) -> Any:
+    """A launcher, by the operator's name: the operator itself, whose schema is its signature."""
+    if name not in ops.OPERATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     load()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return skipvit.cls_scores.default(q, k, scale, num_prefix_tokens)
-
-
-def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    load()
-    return skipvit.gather_rows.default(x, index)
-
-
-def gather_rows_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
-    load()
-    return skipvit.gather_rows_backward.default(grad, index, num_tokens)
-
-
-def gather_topk(
-    x: Tensor, scores: Tensor, num_keep: int, *, num_prefix_tokens: int = 1
-) -> tuple[Tensor, Tensor]:
-    load()
-    return skipvit.gather_topk.default(x, scores, num_keep, num_prefix_tokens)
-
-
-def gather_topk_fuse(
-    x: Tensor, scores: Tensor, num_keep: int, *, num_prefix_tokens: int = 1
-) -> tuple[Tensor, Tensor]:
-    load()
-    return skipvit.gather_topk_fuse.default(x, scores, num_keep, num_prefix_tokens)
-
-
-def gather_topk_fuse_backward(
-    grad: Tensor, x: Tensor, scores: Tensor, index: Tensor
-) -> tuple[Tensor, Tensor]:
-    load()
-    return skipvit.gather_topk_fuse_backward.default(grad, x, scores, index)
-
-
-def scatter_back(
-    x: Tensor, tokens: Tensor, index: Tensor, *, update: Tensor | None = None
-) -> Tensor:
-    load()
-    return skipvit.scatter_back.default(x, tokens, index, update)
-
-
-def scatter_back_backward(
-    grad: Tensor, index: Tensor, has_update: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    load()
-    return skipvit.scatter_back_backward.default(grad, index, has_update)
+    return getattr(torch.ops.skipvit, name).default

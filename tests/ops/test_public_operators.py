@@ -1,5 +1,6 @@
 """The public functions: argument checks, autograd, torch.compile, export, on the CPU."""
 
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -23,16 +24,9 @@ def route(request, monkeypatch):
         if reason:
             pytest.skip(f"lacks the C++ kernels: {reason}")
         return
-    spec = {
-        "cls_scores": lambda q, k, s, p: reference.cls_scores(q, k, scale=s, num_prefix_tokens=p),
-        "gather_topk": lambda x, s, k, p: reference.gather_topk(x, s, k, num_prefix_tokens=p),
-        "gather_topk_fuse": lambda x, s, k, p: reference.gather_topk_fuse(
-            x, s, k, num_prefix_tokens=p
-        ),
-        "scatter_back": lambda x, t, i, u: reference.scatter_back(x, t, i, update=u),
-    }
-    for name in ops.SCHEMAS:
-        monkeypatch.setattr(ops, f"_{name}", spec.get(name, getattr(reference, name, None)))
+    for name, group in ops.OPERATORS.items():
+        module = importlib.import_module(f"skipvit_kernels.ops.{group}")
+        monkeypatch.setattr(module, f"_{name}", getattr(reference, name))
 
 
 # ---------------------------------------------------------------------------- autograd
@@ -104,33 +98,41 @@ def _samples(dtype=torch.float32):
     rows, update = torch.randn(2, 4, 4, dtype=dtype), torch.randn(2, 4, dtype=dtype)
     q, k = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 3, 9, 4, dtype=dtype)
     permuted = torch.randn(4, 9, 2, dtype=dtype).permute(2, 1, 0)
+    two = dict(num_prefix_tokens=2)
     return {
-        "cls_scores": [(q, k, 0.5, 1), (q, k.transpose(1, 2).contiguous().transpose(1, 2), 1.0, 2)],
-        "gather_topk": [(x, scores, 3, 1), (x, heads, 0, 1), (permuted, scores, 8, 1)],
-        "gather_topk_fuse": [(x, scores, 3, 1), (permuted, heads, 3, 1)],
+        "cls_scores": [
+            ((q, k), {}),
+            ((q, k.transpose(1, 2).contiguous().transpose(1, 2)), dict(scale=1.0, **two)),
+        ],
+        "gather_topk": [
+            ((x, scores, 3), {}),
+            ((x, heads[..., 1:], 0), two),
+            ((permuted, scores, 8), {}),
+        ],
+        "gather_topk_fuse": [((x, scores, 3), {}), ((permuted, heads[..., 1:], 3), two)],
         "gather_topk_fuse_backward": [
-            (torch.cat([rows, rows[:, :1]], 1), x, scores, index),
-            (torch.cat([rows, rows[:, :1]], 1), permuted, heads, index),
+            ((torch.cat([rows, rows[:, :1]], 1), x, scores, index), {}),
+            ((torch.cat([rows, rows[:, :1]], 1), permuted, heads, index), {}),
         ],
-        "gather_rows": [(x, index), (permuted, index)],
+        "gather_rows": [((x, index), {}), ((permuted, index), {})],
         "gather_rows_backward": [
-            (rows, index, 9),
-            (rows.transpose(0, 1), index[:1].expand(4, -1)[:, :2], 9),
+            ((rows, index, 9), {}),
+            ((rows.transpose(0, 1), index[:1].expand(4, -1)[:, :2], 9), {}),
         ],
-        "scatter_back": [(x, rows, index, None), (permuted, rows, index, update)],
-        "scatter_back_backward": [(x, index, False), (permuted, index, True)],
+        "scatter_back": [((x, rows, index), {}), ((permuted, rows, index), dict(update=update))],
+        "scatter_back_backward": [((x, index, False), {}), ((permuted, index, True), {})],
     }
 
 
 def test_every_operator_has_opcheck_samples():
-    assert set(_samples()) == set(ops.SCHEMAS)
+    assert set(_samples()) == set(ops.OPERATORS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ops.SCHEMAS)
+@pytest.mark.parametrize("name", ops.OPERATORS)
 def test_opcheck(name, dtype):
-    for arguments in _samples(dtype)[name]:
-        opcheck(getattr(torch.ops.skipvit, name).default, arguments)
+    for arguments, options in _samples(dtype)[name]:
+        opcheck(getattr(torch.ops.skipvit, name).default, arguments, options)
 
 
 def route_there_and_back(x, q, k, num_keep):

@@ -22,24 +22,6 @@ import torch
 
 from skipvit_kernels import ops
 
-_MODULES = {
-    "cls_scores": "scores",
-    "gather_rows": "rows",
-    "gather_rows_backward": "rows",
-    "gather_topk": "topk",
-    "gather_topk_fuse": "topk",
-    "gather_topk_fuse_backward": "topk",
-    "scatter_back": "rows",
-    "scatter_back_backward": "rows",
-}
-# The operators whose launcher takes an argument by keyword that the schema takes by position.
-_KEYWORDS = {
-    "cls_scores": ("scale", "num_prefix_tokens"),
-    "gather_topk": ("num_prefix_tokens",),
-    "gather_topk_fuse": ("num_prefix_tokens",),
-    "scatter_back": ("update",),
-}
-
 
 def unavailable_reason() -> str | None:
     """Why the Triton kernels do not run, or None where they do."""
@@ -55,31 +37,27 @@ def unavailable_reason() -> str | None:
 
 
 def __getattr__(name: str) -> Any:
-    """A launcher, by the operator's name."""
-    if name not in _MODULES:
+    """A launcher, by the operator's name: from the file of its group."""
+    if name not in ops.OPERATORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    launcher = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    launcher = getattr(importlib.import_module(f"{__name__}.{ops.OPERATORS[name]}"), name)
     globals()[name] = launcher
     return launcher
 
 
 def _kernel(name: str) -> Callable[..., Any]:
-    """The kernel of the schema: the launcher, all arguments by position, imported when called."""
-    keywords = _KEYWORDS.get(name, ())
+    """The launcher, imported when it is first called."""
 
-    def kernel(*args: Any) -> Any:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
         launcher = globals().get(name) or __getattr__(name)
-        if not keywords:
-            return launcher(*args)
-        head = len(args) - len(keywords)
-        return launcher(*args[:head], **dict(zip(keywords, args[head:], strict=True)))
+        return launcher(*args, **kwargs)
 
     return kernel
 
 
 def register(key: str, library: torch.library.Library = ops.LIBRARY) -> None:
     """Make the launchers the kernels of a dispatch key."""
-    for name in _MODULES:
+    for name in ops.OPERATORS:
         library.impl(name, _kernel(name), key)
 
 
