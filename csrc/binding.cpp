@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operators under torch's CPU dispatch key, over torch's stable ABI: one build serves every
-// torch from 2.11 on. Shapes, strides and threads are settled here; the arithmetic is in
-// kernels.cpp.
+// torch from 2.11 on. Shapes, strides and threads are settled here; the arithmetic is behind
+// kernels.h.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -61,6 +62,27 @@ DType dtype_of(const char* name, const Tensor& t) {
   }
 }
 
+// How many elements `size` times `count` are; a size of 0 counts as 1. Refuses more than a tensor
+// of any machine has, which expanded or empty ones can: no product of sizes and bytes overflows
+// then.
+int64_t times(const char* name, int64_t count, int64_t size) {
+  constexpr int64_t kMost = int64_t{1} << 55;
+  if (__builtin_mul_overflow(count, std::max<int64_t>(1, size), &count) || count > kMost) {
+    fail(name, " must have at most 2**55 elements");
+  }
+  return count;
+}
+
+// The data of an empty tensor is null, which must not be offset nor given to memset.
+void* data_of(const char* name, const Tensor& t) {
+  alignas(64) static char nothing[64];
+  void* data = t.data_ptr();
+  if (data == nullptr && t.numel() > 0) {
+    fail(name, " has no memory: its storage was freed");
+  }
+  return data == nullptr ? nothing : data;
+}
+
 // A negative size in `sizes` stands for any.
 View view_of(const char* name, const Tensor& t, DType dtype, std::initializer_list<int64_t> sizes) {
   View view{};
@@ -68,18 +90,22 @@ View view_of(const char* name, const Tensor& t, DType dtype, std::initializer_li
     fail(name, " must have ", sizes.size(), " dimensions, got ", shape_of(t));
   }
   const auto have = t.sizes(), strides = t.strides();
-  int d = 0;
-  for (const int64_t want : sizes) {
+  int64_t count = 1;
+  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+    const int64_t want = sizes.begin()[d];
     if (want >= 0 && have[d] != want) {
       fail(name, " must have size ", want, " in dimension ", d, ", got ", shape_of(t));
     }
     view.size[d] = have[d];
-    view.stride[d] = strides[d];
-    ++d;
+    view.stride[d] = have[d] > 1 ? strides[d] : count;  // torch lets a size of 1 have any
+    count = times(name, count, have[d]);
   }
-  view.data = t.data_ptr();
+  view.data = data_of(name, t);
   view.dtype = dtype;
   view.element_size = static_cast<int64_t>(t.element_size());
+  if (reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(view.element_size) != 0) {
+    fail(name, " must be aligned to its elements of ", view.element_size, " bytes");
+  }
   return view;
 }
 
@@ -106,13 +132,23 @@ View index_view(const Tensor& index, int64_t batch) {
 // Scores (B, n) are scores (B, 1, n): a mean over one head has the same bits.
 View scores_view(const Tensor& scores, int64_t batch) {
   if (scores.dim() == 3) {
-    return float_view("scores", scores, {batch, -1, -1});
+    const View view = float_view("scores", scores, {batch, -1, -1});
+    if (view.size[1] == 0) {
+      fail("scores must have at least one head, got ", shape_of(scores));
+    }
+    return view;
   }
   View view = float_view("scores", scores, {batch, -1});
   view.size[2] = view.size[1];
   view.stride[2] = view.stride[1];
   view.size[1] = 1;
   return view;
+}
+
+void check_count(const char* name, int64_t count, int64_t limit) {
+  if (count < 0 || count > limit) {
+    fail(name, " must be in [0, ", limit, "], got ", count);
+  }
 }
 
 // A contiguous CPU tensor. Straight through the C shim: torch::stable::new_empty goes through the
@@ -122,7 +158,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
-    stride *= std::max<int64_t>(1, sizes.begin()[d]);
+    stride = times("the result", stride, sizes.begin()[d]);
   }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
@@ -145,9 +181,9 @@ View output_view(const Tensor& t, const View& like) {
   for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) {
     view.size[d] = sizes[d];
     view.stride[d] = stride;
-    stride *= sizes[d];
+    stride *= std::max<int64_t>(1, sizes[d]);
   }
-  view.data = t.data_ptr();
+  view.data = data_of("the result", t);
   view.dtype = like.dtype;
   view.element_size = like.element_size;
   return view;
@@ -175,11 +211,12 @@ int64_t column_blocks(int64_t batch, int64_t channels) {
   return std::max<int64_t>(1, std::min(wanted, channels / 64));
 }
 
-// Buffers of the calling thread that only grow; the worker threads read and write through it.
+// Buffers of the calling thread that only grow, never null; the worker threads read and write
+// through it.
 template <class T>
 T* caller_scratch(int64_t count) {
   thread_local std::unique_ptr<T[]> data;
-  thread_local int64_t capacity = 0;
+  thread_local int64_t capacity = -1;
   if (count > capacity) {
     data.reset(new T[count]);
     capacity = count;
@@ -224,23 +261,27 @@ const int32_t* checked_inverse(const View& index, int64_t num_tokens) {
 
 // ------------------------------------------------------------------------------- operators
 
-Tensor cls_scores(const Tensor& q, const Tensor& k, double scale, int64_t num_prefix_tokens) {
+Tensor cls_scores(const Tensor& q, const Tensor& k, std::optional<double> scale, int64_t num_prefix_tokens) {
   const View keys = float_view("k", k, {-1, -1, -1, -1});
   const int64_t batch = keys.size[0], heads = keys.size[1], tokens = keys.size[2];
   const View query = same_dtype_view("q", q, keys, {batch, heads, keys.size[3]});
-  if (num_prefix_tokens < 0 || num_prefix_tokens > tokens) {
-    fail("num_prefix_tokens must be in [0, ", tokens, "], got ", num_prefix_tokens);
+  if (heads == 0 || keys.size[3] == 0) {
+    fail("q must have at least one head of width 1, got ", shape_of(q));
   }
+  check_count("num_prefix_tokens", num_prefix_tokens, tokens);
   Tensor out = empty({batch, tokens - num_prefix_tokens}, aoti_torch_dtype_float32());
   const bool wide = keys.dtype == DType::kFloat64;
   const int64_t logit_bytes = wide ? 8 : 4;
   const int64_t num_logits = batch * heads * tokens;
+  if (num_prefix_tokens == tokens) {  // a softmax needs a token
+    return out;
+  }
   void* logits = caller_scratch<Byte16>((num_logits * logit_bytes + 15) / 16);
   float* result = static_cast<float*>(out.data_ptr());
   const int64_t blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
   const int64_t block_bytes = kTokenBlock * heads * keys.size[3] * keys.element_size;
   for_items(batch * blocks, block_bytes, [&](int64_t begin, int64_t end) {
-    kernels().cls_logits(query, keys, scale, logits, begin, end);
+    kernels().cls_logits(query, keys, scale.value_or(std::pow(static_cast<double>(keys.size[3]),-0.5)), logits, begin, end);
   });
   // An exponential costs about as much as moving 32 bytes.
   for_items(batch, heads * tokens * 32, [&](int64_t begin, int64_t end) {
@@ -283,13 +324,12 @@ Selection select_and_move(const Tensor& x, const Tensor& scores, int64_t num_kee
   const int64_t batch = tokens_in.size[0], num_tokens = tokens_in.size[1];
   const View score = scores_view(scores, batch);
   const int64_t n = score.size[2];
-  if (num_prefix < 0 || num_prefix + n != num_tokens) {
+  check_count("num_prefix_tokens", num_prefix, num_tokens);
+  if (num_prefix + n != num_tokens) {
     fail("scores must have one column for each of ", num_tokens - num_prefix, " patches, got ",
          shape_of(scores));
   }
-  if (num_keep < 0 || num_keep > n) {
-    fail("num_keep must be in [0, ", n, "], got ", num_keep);
-  }
+  check_count("num_keep", num_keep, n);
   if (n > INT32_MAX) {
     fail("scores must have less than 2**31 columns, got ", n);
   }
@@ -390,11 +430,9 @@ void put_rows(const View* x, const View& tokens, const View* update, const int32
 Tensor gather_rows_backward(const Tensor& grad, const Tensor& index, int64_t num_tokens) {
   const View rows = index_view(index, -1);
   const View from = float_view("grad", grad, {rows.size[0], rows.size[1], -1});
-  if (num_tokens < 0) {
-    fail("num_tokens must not be negative, got ", num_tokens);
-  }
-  const int32_t* inverse = checked_inverse(rows, num_tokens);
+  check_count("num_tokens", num_tokens, INT32_MAX);
   Tensor out = empty_like(grad, {rows.size[0], num_tokens, from.size[2]});
+  const int32_t* inverse = checked_inverse(rows, num_tokens);
   put_rows(nullptr, from, nullptr, inverse, output_view(out, from));
   return out;
 }

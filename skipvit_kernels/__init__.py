@@ -8,8 +8,10 @@ The operators `cls_scores`, `gather_topk`, `gather_topk_fuse`, `gather_rows` and
 torch alone; `patch` and what goes with it need timm.
 """
 
+import importlib
+from typing import Any
+
 from skipvit_kernels import backends as _backends  # noqa: F401  (registers the kernels)
-from skipvit_kernels.lab.advise import Advice, advise
 from skipvit_kernels.ops import (
     cls_scores,
     gather_rows,
@@ -19,17 +21,10 @@ from skipvit_kernels.ops import (
 )
 from skipvit_kernels.skipping.config import SkipConfig
 from skipvit_kernels.skipping.cost import ViTShape, activations, ideal_speedup, macs
-from skipvit_kernels.skipping.patch import (
-    SkipRecord,
-    VerifyReport,
-    is_patched,
-    patch,
-    record_skips,
-    set_epoch,
-    unpatch,
-    verify,
-)
+from skipvit_kernels.skipping.patch import is_patched, patch, record_skips, set_epoch, unpatch
 from skipvit_kernels.skipping.run import SkipBlock
+from skipvit_kernels.skipping.sequence import SkipRecord
+from skipvit_kernels.skipping.verify import VerifyReport, verify
 
 __all__ = [
     "Advice",
@@ -55,3 +50,10 @@ __all__ = [
     "verify",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Advice measures: who wants an operator alone loads no clock and no profiler."""
+    if name not in ("Advice", "advise"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("skipvit_kernels.lab.advise"), name)

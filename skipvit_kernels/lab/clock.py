@@ -1,6 +1,5 @@
-"""Measuring what skipping gains: the sliced floor, interleaved timing, peak memory.
+"""Clocks: calls timed in turn, and the most memory that one holds.
 
-floor = sliced(model, "6(55%)+11")                     # the same token counts, chosen for free
 times = interleave({"patched": step(patched), "sliced": step(floor)})
 times.ratio("patched", "sliced") - 1                   # the routing overhead
 """
@@ -8,10 +7,8 @@ times.ratio("patched", "sliced") - 1                   # the routing overhead
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import dataclasses
-import functools
 import gc
 import itertools
 import os
@@ -19,93 +16,13 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
-
-from skipvit_kernels.skipping.config import SkipConfig, num_kept
-from skipvit_kernels.skipping.patch import SkipSequential, is_patched, patch, unpatch
-from skipvit_kernels.skipping.run import cls_run
-
-
-class SlicedSequential(SkipSequential):
-    """A patched model's blocks at the same token counts, with the selection for free."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for stage in self._stages(
-            functools.partial(functools.partial, sliced_run),
-            functools.partial(functools.partial, cls_run),
-        ):
-            x = stage(x)
-        return x
-
-    def children(self) -> Iterator[nn.Module]:
-        """The blocks: gradient checkpointing, which runs these, is refused by the drop blocks."""
-        return nn.Sequential.children(self)
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """A copy of the model on the same parameters and buffers: many twins cost one set of weights.
-
-    For timing variants of one model against each other. What one of them does to its weights or
-    gradients happens to all.
-    """
-    shared: Any = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
-def sliced(model: nn.Module, config: SkipConfig | str) -> nn.Module:
-    """The floor of `config`: a twin of the model that keeps the first K patches unseen.
-
-    Stock attention, no scores; after the attention of a drop block the first P + K tokens go on
-    (one more with method "fuse") and the others are put back behind them. It does all the work
-    that a model at these token counts must do and none of the routing; its outputs mean nothing.
-    A CLS-only last block is the same in both.
-
-    Args:
-        model: a timm VisionTransformer, patched or not; left as it is, but the floor shares its
-            weights (`twin`).
-        config: a `SkipConfig` or its notation; its warm-up is ignored.
-
-    Raises:
-        ValueError: as `patch`.
-    """
-    model = twin(model)
-    if is_patched(model):
-        unpatch(model)
-    patch(model, config, warmup_epochs=0)
-    model.blocks.__class__ = SlicedSequential
-    return model
-
-
-def sliced_run(
-    x: Tensor,
-    blocks: Sequence[Callable[[Tensor], Tensor]],
-    *,
-    drop_ratio: Fraction,
-    num_prefix_tokens: int,
-    method: str,
-    rejoin: bool,
-    rejoin_update: str,
-) -> Tensor:
-    """`skip_run` with the selection for free; the mean update is routing too and left out."""
-    first: Any
-    first, *rest = blocks
-    num_patches = x.shape[1] - num_prefix_tokens
-    num_keep = num_kept(num_patches, drop_ratio)
-    rows = num_prefix_tokens + num_keep + (method == "fuse" and num_keep < num_patches)
-    x = x + first.drop_path1(first.ls1(first.attn(first.norm1(x))))
-    # Two slices by one split: its backward is one copy, theirs would be two and a sum.
-    kept, skipped = x.split([rows, x.shape[1] - rows], dim=1)
-    tokens = kept + first.drop_path2(first.ls2(first.mlp(first.norm2(kept))))
-    for block in rest:
-        tokens = block(tokens)
-    return torch.cat([tokens, skipped], dim=1) if rejoin else tokens
 
 
 def forward_step(
@@ -331,28 +248,33 @@ def _status_kib(key: str) -> int:
     return int(re.findall(rf"{key}:\s*(\d+) kB", status)[0])
 
 
-def layer_seconds(model: Any, images: Tensor) -> list[float]:
-    """Where an inference's time goes: seconds of each block, of one call.
+def layer_seconds(model: nn.Module, blocks: Iterable[nn.Module], images: Tensor) -> list[float]:
+    """Where an inference's time goes: seconds of each of the model's blocks, of one call.
 
-    From one block's first norm to the next one's, so that a drop counts for its own layer and a
-    rejoin for the layer before it. Wall time on the CPU, the device's on CUDA. The model must not
-    be compiled: hooks mark the times.
+    From the first call of a block's part to that of the next block's, so that a drop counts for its
+    own layer and a rejoin for the layer before it; of the last block to the end of the model. Wall
+    time on the CPU, the device's on CUDA. The model must not be compiled: hooks mark the times.
     """
-    starts = [block.norm1 for block in model.blocks._modules.values()] + [model.norm]
     cuda = images.device.type == "cuda"
     marks: list[Any] = []
+    layer_of = {part: at for at, block in enumerate(blocks) for part in block.modules()}
 
-    def mark(module: nn.Module, args: Any) -> None:
+    def mark() -> None:
         if cuda:
             marks.append(torch.cuda.Event(enable_timing=True))
             marks[-1].record()
         else:
             marks.append(time.perf_counter())
 
-    handles = [start.register_forward_pre_hook(mark) for start in starts]
+    def begin(part: nn.Module, args: Any) -> None:
+        if layer_of[part] == len(marks):
+            mark()
+
+    handles = [part.register_forward_pre_hook(begin) for part in layer_of]
     try:
         with torch.inference_mode():
             model(images)
+            mark()
     finally:
         for handle in handles:
             handle.remove()

@@ -1,23 +1,27 @@
-"""What `cls_only_last_block` makes of timm's models: for their logits only."""
+"""What `cls_only_last_block` makes of a model: for its logits only."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
+
+from skipvit_kernels.skipping import families
 
 
-class _ClsOnly:
+class ClsOnly:
     """A model whose last block computes the rows that its head reads, and no others.
 
-    timm's forward goes through forward_features, whose other callers expect every token. They are
-    refused: a slice without patches would give an empty map, or a mean that is NaN.
+    The model's forward goes through forward_features, whose other callers expect every token. They
+    are refused: a slice without patches would give an empty map, or a mean that is NaN.
     """
 
+    family: type[families.Family]
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        check_head(self)  # reset_classifier may have changed it since
+        if reason := self.family.reads_more(self):  # reset_classifier may have changed it
+            raise ValueError(reason)
         return self.forward_head(super().forward_features(x, *args, **kwargs))  # type: ignore[misc]
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -26,47 +30,29 @@ class _ClsOnly:
             "CLS row only: call the model itself, or patch it without cls_only_last_block"
         )
 
-
-class ClsOnlyVisionTransformer(_ClsOnly, VisionTransformer):
-    """timm's VisionTransformer under `cls_only_last_block`."""
-
-
-class ClsOnlyVisionTransformerDistilled(_ClsOnly, VisionTransformerDistilled):
-    """timm's VisionTransformerDistilled under `cls_only_last_block`."""
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by the model's own class: the one made here has no name to be found by."""
+        state: Any = super().__reduce_ex__(protocol)
+        return (_new, (type(self).__bases__[1],), *state[2:])
 
 
-_CLASSES: dict[type, type] = {
-    VisionTransformer: ClsOnlyVisionTransformer,
-    VisionTransformerDistilled: ClsOnlyVisionTransformerDistilled,
-}
+@functools.cache
+def _cls_only(kind: Any) -> Any:
+    family = families.of_class(kind)
+    return type(f"ClsOnly{kind.__name__}", (ClsOnly, kind), {"family": family})
 
 
-def check_head(model: Any) -> None:
-    """Raise ValueError where the head reads more than CLS and the distillation token."""
-    if model.global_pool != "token" or model.attn_pool is not None:
-        raise ValueError(
-            'cls_only_last_block needs a head that reads CLS only, global_pool="token", got '
-            f"global_pool={model.global_pool!r}: it reads the other tokens of the last block too"
-        )
+def _new(kind: Any) -> Any:
+    cls = _cls_only(kind)
+    return cls.__new__(cls)
 
 
 def make_cls_only(model: Any) -> None:
-    """Turn the model into its CLS-only class, in place; `undo` turns it back.
-
-    Raises:
-        ValueError: where its head reads other tokens, or its class is neither of timm's two.
-    """
-    if type(model) not in _CLASSES:
-        known = " or ".join(cls.__name__ for cls in _CLASSES)
-        raise ValueError(
-            f"cls_only_last_block needs a timm {known}, got {type(model).__name__}: what its head "
-            "reads is not known"
-        )
-    check_head(model)
-    model.__class__ = _CLASSES[type(model)]
+    """Turn a model into its CLS-only class, in place; `undo` turns it back."""
+    model.__class__ = _cls_only(type(model))
 
 
-def undo(model: Any) -> None:
+def undo(model: nn.Module) -> None:
     """Give the model, where it is CLS-only, its own class back."""
-    if isinstance(model, _ClsOnly):
+    if isinstance(model, ClsOnly):
         model.__class__ = type(model).__bases__[1]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from skipvit_kernels.skipping import methods, scorers
+from skipvit_kernels.skipping.methods import METHODS, Method
 
 Ratio = Fraction | float | str
 
 _NOTATION = re.compile(
     r"(?P<layers>\d+(?:,\d+)*)\((?P<ratios>[^()]*)\)"
-    r"(?:\+(?P<rejoin>\d+|fused))?"
-    r"(?::(?P<options>.+))?"
+    r"(?:\+(?P<rejoin>\w+))?"
 )
 _EXAMPLES = '"6(55%)+11", "6(55%)+11:mean", "4,7(30%,30%)+10", "6(45%)+fused" or "6(55%)"'
 
@@ -40,6 +43,9 @@ class SkipConfig:
         method: "skip" (SkipViT), or "fuse": EViT's one token that sums up the dropped ones.
         rejoin_update: "none": tokens return as they left (the paper); "mean": each is moved by the
             mean movement of its image's kept patches over the skipped blocks.
+        scorer: who says which patches stay. "cls": CLS, by its attention (the paper); "mean": the
+            mean of the patches' queries, by its; "norm": the norms of their keys; "random": chance,
+            from torch's generator, for control. None: what suits the model, CLS where it has one.
         warmup_epochs: epochs without dropping (the paper used 15); see `set_epoch`.
         cls_only_last_block: compute of the last block only what a head that reads CLS needs: keys
             and values of all tokens, but one query, one projection row, one MLP row. Lossless, so
@@ -54,35 +60,16 @@ class SkipConfig:
     rejoin_at: int | None = None
     method: str = "skip"
     rejoin_update: str = "none"
+    scorer: str | None = None
     warmup_epochs: int = 0
     cls_only_last_block: bool = False
 
-    def __init__(
-        self,
-        drop_at: int | Iterable[int] = (),
-        drop_ratio: Ratio | Iterable[Ratio] = (),
-        rejoin_at: int | None = None,
-        method: str = "skip",
-        rejoin_update: str = "none",
-        warmup_epochs: int = 0,
-        cls_only_last_block: bool = False,
-    ) -> None:
-        layers = (drop_at,) if isinstance(drop_at, int) else tuple(drop_at)
-        ratios = (drop_ratio,) if isinstance(drop_ratio, Ratio) else tuple(drop_ratio)
-        fields = dict(
-            drop_at=layers,
-            drop_ratio=tuple(as_ratio(ratio) for ratio in ratios),
-            rejoin_at=rejoin_at,
-            method=method,
-            rejoin_update=rejoin_update,
-            warmup_epochs=warmup_epochs,
-            cls_only_last_block=cls_only_last_block,
-        )
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-        self._check()
-
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
+        layers, ratios = self.drop_at, self.drop_ratio
+        as_given = layers if isinstance(layers, Iterable) else (layers,)
+        object.__setattr__(self, "drop_at", tuple(as_given))
+        ratios = (ratios,) if isinstance(ratios, Ratio) else tuple(ratios)
+        object.__setattr__(self, "drop_ratio", tuple(map(as_ratio, ratios)))
         if len(self.drop_at) != len(self.drop_ratio):
             raise ValueError(
                 "drop_at and drop_ratio must have the same length, "
@@ -91,33 +78,29 @@ class SkipConfig:
         for layer in (*self.drop_at, *([] if self.rejoin_at is None else [self.rejoin_at])):
             if not isinstance(layer, int) or layer < 1:
                 raise ValueError(f"layers must be integers counted from 1, got {layer!r}")
-        if any(b <= a for a, b in zip(self.drop_at, self.drop_at[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(self.drop_at)):
             raise ValueError(f"drop_at must ascend, got {self.drop_at}")
-        if self.method not in ("skip", "fuse"):
-            raise ValueError(f'method must be "skip" or "fuse", got {self.method!r}')
-        if self.rejoin_update not in ("none", "mean"):
-            raise ValueError(f'rejoin_update must be "none" or "mean", got {self.rejoin_update!r}')
+        method = self.make_method()
+        scorers.check(self.scorer, weighs=method.weighs)
         if not isinstance(self.warmup_epochs, int) or self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be an integer >= 0, got {self.warmup_epochs!r}")
         if not isinstance(self.cls_only_last_block, bool):
             raise ValueError(
                 f"cls_only_last_block must be True or False, got {self.cls_only_last_block!r}"
             )
-        if self.rejoin_at is None:
-            if self.rejoin_update != "none":
-                raise ValueError('rejoin_update="mean" needs a rejoin_at, got None')
-        elif not self.drop_at:
+        if not self.drop_at and METHODS[self.method].ending is not None:
+            raise ValueError(f'method must be "skip" where nothing drops, got "{self.method}"')
+        if self.rejoin_at is not None and not self.drop_at:
             raise ValueError(f"rejoin_at must be None where nothing drops, got {self.rejoin_at}")
-        elif self.rejoin_at <= self.drop_at[-1]:
+        if self.rejoin_at is not None and self.rejoin_at <= self.drop_at[-1]:
             raise ValueError(
                 f"rejoin_at must come after the last drop, in layer {self.drop_at[-1]}, "
                 f"got {self.rejoin_at}"
             )
-        elif self.method == "fuse":
-            raise ValueError(
-                f'rejoin_at must be None with method "fuse": fused tokens never rejoin, '
-                f"got {self.rejoin_at}"
-            )
+
+    def make_method(self) -> Method:
+        """What becomes of the patches that leave, as an object."""
+        return methods.make(self.method, self.rejoin_update, "rejoin_at", self.rejoin_at)
 
     def check_depth(self, depth: int) -> None:
         """Raise ValueError where a layer lies beyond a model of `depth` blocks."""
@@ -140,57 +123,69 @@ class SkipConfig:
         "6(55%)+11" drops 55 % of the patches in layer 6 and rejoins them before layer 11;
         "4,7(30%,30%)+10" drops 30 % of what is there in layer 4 and again in layer 7;
         "6(45%)+fused" is EViT's fused token; "6(55%)" drops for good; "" drops nothing. Options
-        follow a colon: "6(55%)+11:mean" for the mean update, ":cls" for the CLS-only last block,
-        ":warmup=15", ":mean,cls,warmup=15".
+        follow a colon: "6(55%)+11:mean" for the mean update, ":score=random" for a scorer, ":cls"
+        for the CLS-only last block, ":warmup=15", ":mean,score=norm,cls,warmup=15".
         A ratio that no decimal holds is a fraction, "6(1/3)+11".
 
         Raises:
             ValueError: on anything else, naming the part and what it should be.
         """
-        layers: tuple[int, ...] = ()
-        ratios: tuple[Fraction, ...] = ()
-        rejoin, update, warmup, cls_only = None, "none", 0, False
-        core, colon, options = text.partition(":")
+        fields: dict[str, Any] = {}
+        core, colon, options = text.replace(" ", "").partition(":")
         if core:
-            match = _NOTATION.fullmatch(core.replace(" ", ""))
+            match = _NOTATION.fullmatch(core)
             if match is None:
                 raise ValueError(f"config must read like {_EXAMPLES}, got {text!r}")
-            layers = tuple(int(layer) for layer in match["layers"].split(","))
-            ratios = tuple(_parse_ratio(part, text) for part in match["ratios"].split(","))
-            rejoin = match["rejoin"]
-        for option in options.replace(" ", "").split(",") if colon else ():
-            if option == "mean":
-                update = "mean"
+            fields["drop_at"] = tuple(int(layer) for layer in match["layers"].split(","))
+            fields["drop_ratio"] = tuple(_parse_ratio(r, text) for r in match["ratios"].split(","))
+            rejoin = match["rejoin"] or ""
+            endings = {method.ending: name for name, method in METHODS.items() if method.ending}
+            if rejoin.isdecimal():
+                fields["rejoin_at"] = int(rejoin)
+            elif rejoin in endings:
+                fields["method"] = endings[rejoin]
+            elif rejoin:
+                known = ", ".join(f'"{ending}"' for ending in endings)
+                raise ValueError(f"rejoin must be a layer or {known}, got {rejoin!r} in {text!r}")
+        named = {method.option: name for name, method in METHODS.items() if method.option}
+        updates = {update for method in METHODS.values() for update in method.updates} - {"none"}
+        for option in options.split(",") if colon else ():
+            name, _, value = option.partition("=")
+            if option in updates:
+                fields["rejoin_update"] = option
+            elif option in named:
+                fields["method"] = named[option]
             elif option == "cls":
-                cls_only = True
-            elif re.fullmatch(r"warmup=\d+", option):
-                warmup = int(option.removeprefix("warmup="))
+                fields["cls_only_last_block"] = True
+            elif name == "score" and value:
+                fields["scorer"] = value
+            elif name == "warmup" and value.isdecimal():
+                fields["warmup_epochs"] = int(value)
             else:
+                known = ", ".join(f'"{word}"' for word in (*sorted(updates), *named, "cls"))
                 raise ValueError(
-                    f'options must be "mean", "cls" or "warmup=15", got {option!r} in {text!r}'
+                    f'options must be {known}, "score=random" or "warmup=15", '
+                    f"got {option!r} in {text!r}"
                 )
-        return cls(
-            layers,
-            ratios,
-            rejoin_at=int(rejoin) if rejoin not in (None, "fused") else None,
-            method="fuse" if rejoin == "fused" else "skip",
-            rejoin_update=update,
-            warmup_epochs=warmup if warmup_epochs is None else warmup_epochs,
-            cls_only_last_block=cls_only,
-        )
+        if warmup_epochs is not None:
+            fields["warmup_epochs"] = warmup_epochs
+        return cls(**fields)
 
     def __str__(self) -> str:
         text = ""
         if self.drop_at:
             ratios = ",".join(_format_ratio(ratio) for ratio in self.drop_ratio)
             text = f"{','.join(map(str, self.drop_at))}({ratios})"
-        if self.method == "fuse":
-            text += "+fused"
-        elif self.rejoin_at is not None:
-            text += f"+{self.rejoin_at}"
-        options = ["mean"] if self.rejoin_update == "mean" else []
-        options += ["cls"] if self.cls_only_last_block else []
-        options += [f"warmup={self.warmup_epochs}"] if self.warmup_epochs else []
+        method = METHODS[self.method]
+        ending = method.ending if self.rejoin_at is None else self.rejoin_at
+        text += "" if ending is None else f"+{ending}"
+        options = [
+            *([method.option] if method.option else []),
+            *([self.rejoin_update] if self.rejoin_update != "none" else []),
+            *([f"score={self.scorer}"] if self.scorer else []),
+            *(["cls"] if self.cls_only_last_block else []),
+            *([f"warmup={self.warmup_epochs}"] if self.warmup_epochs else []),
+        ]
         return f"{text}:{','.join(options)}" if options else text
 
     def token_counts(
@@ -205,6 +200,7 @@ class SkipConfig:
             ValueError: where a layer lies beyond `depth`.
         """
         self.check_depth(depth)
+        method = self.make_method()
         ratio_at = dict(zip(self.drop_at, self.drop_ratio, strict=True))
         counts = []
         patches = num_patches
@@ -213,8 +209,7 @@ class SkipConfig:
                 patches = num_patches
             attention = patches
             if layer in ratio_at:
-                kept = num_kept(patches, ratio_at[layer])
-                patches = kept + (self.method == "fuse" and kept < patches)
+                patches = method.num_left(patches, num_kept(patches, ratio_at[layer]))
             counts.append(BlockTokens(num_prefix_tokens + attention, num_prefix_tokens + patches))
         if self.cls_only_last_block:
             counts[-1] = counts[-1]._replace(mlp=num_head_tokens)

@@ -2,58 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
 from skipvit_kernels.skipping.config import SkipConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class ViTShape:
-    """The sizes of a vision transformer that its multiply-accumulates (MACs) follow from.
-
-    Attributes:
-        depth: transformer blocks.
-        num_patches: n, patches of an image.
-        embed_dim: C, channels.
-        num_prefix_tokens: P, CLS, distillation and register tokens.
-        attention_dim: width over all heads; default C.
-        attention_weights: weights of a block's attention projections; default 4 C^2.
-        mlp_weights: weights of a block's MLP; default 8 C^2.
-        other_macs: MACs per image outside the blocks (patch embedding, head); default 0.
-        num_head_tokens: tokens that the head reads: CLS, and a distilled DeiT's second; default 1.
-    """
-
-    depth: int
-    num_patches: int
-    embed_dim: int
-    num_prefix_tokens: int = 1
-    attention_dim: int | None = None
-    attention_weights: int | None = None
-    mlp_weights: int | None = None
-    other_macs: int = 0
-    num_head_tokens: int = 1
-
-    @classmethod
-    def of(cls, model: Any) -> ViTShape:
-        """Read off a timm VisionTransformer, at the image size that it was built for."""
-        block = model.blocks[0]
-        patches = model.patch_embed.num_patches
-        heads = [model.head, *([model.head_dist] if hasattr(model, "head_dist") else [])]
-        return cls(
-            depth=len(model.blocks),
-            num_patches=patches,
-            embed_dim=model.embed_dim,
-            num_prefix_tokens=model.num_prefix_tokens,
-            attention_dim=block.attn.num_heads * block.attn.head_dim,
-            attention_weights=_weights(block.attn),
-            mlp_weights=_weights(block.mlp),
-            other_macs=patches * _weights(model.patch_embed) + sum(map(_weights, heads)),
-            num_head_tokens=len(heads),
-        )
+from skipvit_kernels.skipping.families import ViTShape
 
 
 def macs(model_or_shape: nn.Module | ViTShape, config: SkipConfig | str = "") -> int:
@@ -123,9 +77,3 @@ def _work(shape: ViTShape, config: SkipConfig) -> Iterator[tuple[int, int, int]]
     for layer, (attention, mlp) in enumerate(counts, start=1):
         last = config.cls_only_last_block and layer == shape.depth
         yield attention, mlp if last else attention, mlp
-
-
-def _weights(module: nn.Module) -> int:
-    """Weights of all linear maps and convolutions, each used once per token or image."""
-    linear = (nn.Linear, nn.Conv2d)
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, linear))

@@ -1,25 +1,107 @@
-"""SkipBlock: a run of transformer blocks in which the patches that do not matter are skipped."""
+"""A run of transformer blocks in which the patches that do not matter are skipped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from skipvit_kernels.ops import cls_scores, gather_topk, gather_topk_fuse, scatter_back
+from skipvit_kernels.skipping import families, methods, scorers
 from skipvit_kernels.skipping.config import Ratio, as_ratio, num_kept
+from skipvit_kernels.skipping.families import Context, Family
+from skipvit_kernels.skipping.methods import Candidates, Method, Reduced
 
-# The parts of a block that can drop: a block or an attention with any other part is refused,
-# because what we do not call would silently be left out.
-_BLOCK = "timm.models.vision_transformer.Block"
-_BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
-_ATTENTION = "timm.layers.attention.Attention"
-_ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+
+class Drop(NamedTuple):
+    """What a layer drops: how much, who stays, what becomes of the others."""
+
+    ratio: Fraction
+    num_prefix_tokens: int
+    scorer: str
+    method: Method
+    rejoin: bool
+
+    def num_keep(self, num_tokens: int) -> int:
+        return num_kept(num_tokens - self.num_prefix_tokens, self.ratio)
+
+
+class Layer(NamedTuple):
+    """A block, and what it does beside attending and feeding.
+
+    Attributes:
+        drop: what it drops; everything behind it in the run works on what is left.
+        num_rows: of a last block of which only the first rows are wanted, how many.
+        context: the place in the run's contexts of what this block is given beside the tokens.
+    """
+
+    family: type[Family]
+    block: Any
+    drop: Drop | None = None
+    num_rows: int | None = None
+    context: int = 0
+
+
+# A run: layers, and among them runs of their own, which end before it does.
+Run = Sequence[Any]
+
+
+def run_layers(
+    x: Tensor, layers: Run, contexts: list[Context], skip: Callable[..., Tensor] | None = None
+) -> Tensor:
+    """Layers one after the other: (B, N, C) in; (B, N, C) out, or what an open end leaves of it.
+
+    Args:
+        x: (B, N, C) tokens.
+        layers: the run; from its first drop to its end it is `skip`'s.
+        contexts: what blocks are given beside the tokens.
+        skip: what a drop does; default `skip_run`, the other is the floor's.
+    """
+    skip = skip or skip_run
+    for at, layer in enumerate(layers):
+        if not isinstance(layer, Layer):
+            x = run_layers(x, layer, contexts, skip)
+        elif layer.drop is not None:
+            return skip(x, layer, layer.drop, layers[at + 1 :], contexts)
+        elif layer.num_rows is not None:
+            context = contexts[layer.context]
+            x = layer.family.attend_rows(layer.block, x, context, layer.num_rows)
+            x = layer.family.feed(layer.block, x)
+        else:
+            x = layer.family.call(layer.block, x, contexts[layer.context])
+    return x
+
+
+def skip_run(x: Tensor, first: Layer, drop: Drop, others: Run, contexts: list[Context]) -> Tensor:
+    """A layer that drops, and the others on what it leaves; then, as configured, the rejoin."""
+    x, left = _reduce(x, first, drop, contexts[first.context])
+    inner = [_narrow(context, first.family, left, drop.num_prefix_tokens) for context in contexts]
+    tokens = run_layers(first.family.feed(first.block, left.tokens), others, inner)
+    if not drop.rejoin:
+        return tokens
+    return drop.method.restore(x, left, tokens, drop.num_prefix_tokens)
+
+
+def _reduce(x: Tensor, layer: Layer, drop: Drop, context: Context) -> tuple[Tensor, Reduced]:
+    """x after the layer's attention, and what goes on of it. Keys and scores end with this call."""
+    attended = layer.family.attend(layer.block, x, context)
+    prefix, method = drop.num_prefix_tokens, drop.method
+    scores = scorers.score(drop.scorer, layer.family, attended, prefix, trained=method.weighs)
+    num_keep = drop.num_keep(x.shape[1])
+    left = method.reduce(
+        Candidates(attended.x, attended.k, scores, num_keep, prefix, context.sizes)
+    )
+    if context.record is not None:
+        context.record(left.kept, left.tokens.shape[1])
+    return attended.x, left
+
+
+def _narrow(context: Context, family: type[Family], left: Reduced, num_prefix: int) -> Context:
+    if left.sizes is None:
+        return family.narrow(context, left.kept, num_prefix)
+    inner = family.narrow(context._replace(sizes=None), left.kept, num_prefix)
+    return inner._replace(sizes=left.sizes)
 
 
 class SkipBlock(nn.Module):
@@ -32,14 +114,16 @@ class SkipBlock(nn.Module):
     method "fuse"). A SkipBlock among `blocks` drops again, for two-stage skipping.
 
     Args:
-        blocks: timm ViT `Block`s, whose own parts are called; the ones after the first may be
-            SkipBlocks.
+        blocks: of one known family, whose own parts are called (timm ViT `Block`s); the ones after
+            the first may be SkipBlocks.
         drop_ratio: share of the patches to skip, in [0, 1]; ceil(kept share) of them stay.
         num_prefix_tokens: P, the leading tokens that are never dropped; the first is CLS.
         method: "skip", or "fuse" for EViT's token that sums up the dropped ones.
         rejoin: put the skipped patches back at the end. Not with method "fuse".
         rejoin_update: "none": they return as they left; "mean": moved by the mean movement of their
             image's kept patches.
+        scorer: who says which patches stay, as in `SkipConfig`; default "cls", or "mean" where
+            there are no prefix tokens.
 
     Raises:
         ValueError: on a block that is not known, or settings that contradict each other.
@@ -54,216 +138,57 @@ class SkipBlock(nn.Module):
         method: str = "skip",
         rejoin: bool = True,
         rejoin_update: str = "none",
+        scorer: str | None = None,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        check_blocks(self.blocks)
-        if num_prefix_tokens < 1:
-            raise ValueError(f"num_prefix_tokens must count CLS at least, got {num_prefix_tokens}")
-        if method not in ("skip", "fuse"):
-            raise ValueError(f'method must be "skip" or "fuse", got {method!r}')
-        if rejoin_update not in ("none", "mean"):
-            raise ValueError(f'rejoin_update must be "none" or "mean", got {rejoin_update!r}')
-        if method == "fuse" and rejoin:
-            raise ValueError('rejoin must be False with method "fuse", got True')
-        if rejoin_update == "mean" and not rejoin:
-            raise ValueError('rejoin must be True with rejoin_update "mean", got False')
-        self.settings: dict[str, Any] = dict(
-            drop_ratio=as_ratio(drop_ratio),
-            num_prefix_tokens=num_prefix_tokens,
-            method=method,
-            rejoin=rejoin,
-            rejoin_update=rejoin_update,
-        )
+        self.family = check_blocks(self.blocks)
+        scorer = scorer or ("cls" if num_prefix_tokens else "mean")
+        if num_prefix_tokens < (least := int(scorer == "cls")):
+            raise ValueError(
+                f'num_prefix_tokens must be at least {least} with scorer "{scorer}", '
+                f"got {num_prefix_tokens}"
+            )
+        chosen = methods.make(method, rejoin_update, "rejoin", rejoin)
+        scorers.check(scorer, weighs=chosen.weighs)
+        self.drop = Drop(as_ratio(drop_ratio), num_prefix_tokens, scorer, chosen, rejoin)
+
+    def layers(self) -> Run:
+        """The run, read off the modules at every call: a replica's are its own."""
+        first, *others = self.blocks
+        return [
+            Layer(self.family, first, self.drop),
+            *(b.layers() if isinstance(b, SkipBlock) else Layer(self.family, b) for b in others),
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
-        return skip_run(x, self.blocks, **self.settings)
+        return run_layers(x, self.layers(), [Context()])
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        ratio, *others = self.drop._asdict().items()
+        return ", ".join(f"{name}={value}" for name, value in (("drop_ratio", ratio[1]), *others))
 
 
-def skip_run(
-    x: Tensor,
-    blocks: Iterable[Any],
-    *,
-    drop_ratio: Fraction,
-    num_prefix_tokens: int = 1,
-    method: str = "skip",
-    rejoin: bool = True,
-    rejoin_update: str = "none",
-    record: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """SkipBlock as a function of x and `blocks`; `record` is given the index of what was kept."""
-    first, *rest = blocks
-    num_patches = x.shape[1] - num_prefix_tokens
-    num_keep = num_kept(num_patches, drop_ratio)
-    fuse = method == "fuse" and num_keep < num_patches
-
-    branch, q_cls, k = _attention(first.attn, first.norm1(x))
-    x = x + first.drop_path1(first.ls1(branch))
-    if fuse:
-        scores = _TrainedScores.apply(q_cls, k, first.attn.scale, num_prefix_tokens)
-        gather = gather_topk_fuse
-    else:
-        scores = cls_scores(q_cls, k, scale=first.attn.scale, num_prefix_tokens=num_prefix_tokens)
-        gather = gather_topk
-    kept, index = gather(x, scores, num_keep, num_prefix_tokens=num_prefix_tokens)
-    if record is not None:
-        record(index)
-
-    tokens = kept + first.drop_path2(first.ls2(first.mlp(first.norm2(kept))))
-    for block in rest:
-        tokens = block(tokens)
-    if not rejoin:
-        return tokens
-    update = None
-    if rejoin_update == "mean" and num_keep > 0:
-        update = _patch_mean(tokens, num_prefix_tokens) - _patch_mean(kept, num_prefix_tokens)
-        update = update.to(x.dtype)
-    return scatter_back(x, tokens, index, update=update)
-
-
-class ClsBlock(nn.Module):
-    """A transformer block of which only the first rows are wanted: (B, N, C) in, (B, rows, C) out.
-
-    Keys and values of all tokens, but queries, projection and MLP of those rows alone. They are the
-    block's own up to rounding, as is every gradient (dropout inside the block draws other numbers).
-
-    Args:
-        block: a timm ViT `Block`, whose own parts are called.
-        num_rows: leading tokens to compute, at least 1: CLS, and what else the head reads.
+def check_blocks(blocks: Iterable[Any]) -> type[Family]:
+    """The family of the blocks of a run.
 
     Raises:
-        ValueError: on a block that is not known.
+        ValueError: where there are none, or one is not known or of another family, naming it.
     """
-
-    def __init__(self, block: nn.Module, num_rows: int = 1) -> None:
-        super().__init__()
-        check_cls_block(block)
-        if num_rows < 1:
-            raise ValueError(f"num_rows must be at least 1, got {num_rows}")
-        self.block, self.num_rows = block, num_rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cls_run(x, self.block, self.num_rows)
-
-    def extra_repr(self) -> str:
-        return f"num_rows={self.num_rows}"
-
-
-def cls_run(x: Tensor, block: Any, num_rows: int) -> Tensor:
-    """ClsBlock as a function of x and `block`."""
-    branch, _, _ = _attention(block.attn, block.norm1(x), num_queries=num_rows)
-    x = x[:, :num_rows] + block.drop_path1(block.ls1(branch))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-class _TrainedScores(torch.autograd.Function):
-    """cls_scores with a gradient: EViT trains q and k through the weights of the fused token.
-
-    The forward is the operator in every mode, so that a recomputation selects the same patches.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, scale: float, num_prefix_tokens: int) -> Tensor:
-        ctx.save_for_backward(q, k)
-        ctx.scale, ctx.num_prefix_tokens = scale, num_prefix_tokens
-        return cls_scores(q, k, scale=scale, num_prefix_tokens=num_prefix_tokens)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        q, k = ctx.saved_tensors
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        weights = (torch.einsum("bhd,bhnd->bhn", q.to(dtype), k.to(dtype)) * ctx.scale).softmax(-1)
-        grad_weights = F.pad(grad.to(dtype) / q.shape[1], (ctx.num_prefix_tokens, 0))[:, None]
-        centred = grad_weights - (weights * grad_weights).sum(-1, keepdim=True)
-        grad_logits = ctx.scale * weights * centred
-        grad_q = torch.einsum("bhn,bhnd->bhd", grad_logits, k.to(dtype))
-        grad_k = grad_logits[..., None] * q[:, :, None].to(dtype)
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), None, None
-
-
-def _patch_mean(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-    """(B, C) in float32: in bfloat16 the difference of two such means would be rounding."""
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    return tokens[:, num_prefix_tokens:].mean(dim=1, dtype=dtype)
-
-
-def _attention(
-    attn: Any, x: Tensor, num_queries: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """timm's Attention.forward on its own parts; beside its output the CLS query and the keys.
-
-    With `num_queries` it is the output of that many leading tokens alone.
-
-    SDPA stays: the CLS row costs N * C multiply-accumulates beside it, where keeping the whole map
-    costs the fused attention (11.1 against 5.6 + 0.5 ms for ViT-S, batch 8, on a CPU).
-    """
-    batch, num_tokens, _ = x.shape
-    rows = x[:, :num_queries]
-    gate = attn.gate(rows).sigmoid() if getattr(attn, "gate", None) is not None else None
-    heads = (attn.num_heads, attn.head_dim)
-    if num_queries is None:
-        qkv = attn.qkv(x).reshape(batch, num_tokens, 3, *heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    else:
-        # By a split: two slices of the weight would each have a gradient of the whole to add.
-        widths = [len(attn.qkv.weight) // 3, len(attn.qkv.weight) // 3 * 2]
-        q_weight, kv_weight = attn.qkv.weight.split(widths)
-        bias = attn.qkv.bias
-        q_bias, kv_bias = (None, None) if bias is None else bias.split(widths)
-        q = F.linear(rows, q_weight, q_bias).reshape(batch, num_queries, *heads).transpose(1, 2)
-        kv = F.linear(x, kv_weight, kv_bias).reshape(batch, num_tokens, 2, *heads)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if attn.fused_attn:
-        dropout = attn.attn_drop.p if attn.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    else:
-        out = attn.attn_drop((q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-    out = attn.norm(out.transpose(1, 2).flatten(2))
-    if gate is not None:
-        out = out * gate
-    return attn.proj_drop(attn.proj(out)), q[:, :, 0], k
-
-
-def check_blocks(blocks: Iterable[Any]) -> None:
-    """Raise ValueError, by name, where a run holds a block whose parts are not known."""
     blocks = list(blocks)
     if not blocks:
         raise ValueError("blocks must hold at least one block, got none")
+    family = families.of_block(blocks[0], "block 0 of the run")
     for position, block in enumerate(blocks):
-        if isinstance(block, SkipBlock | ClsBlock) and position > 0:
-            continue
-        _check_parts(f"block {position} of the run", block, _BLOCK, _BLOCK_PARTS)
-        _check_parts(
-            f"attention of block {position} of the run", block.attn, _ATTENTION, _ATTENTION_PARTS
-        )
-
-
-def check_cls_block(block: Any) -> None:
-    """Raise ValueError, by name, where a block's first rows cannot be computed alone."""
-    check_blocks([block])
-    qkv = block.attn.qkv
-    name = f"{type(qkv).__module__}.{type(qkv).__qualname__}"
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    hooks = sum(len(getattr(qkv, kind)) for kind in kinds)
-    if type(qkv) is not nn.Linear or hooks:
-        raise ValueError(
-            "cls_only_last_block reads the query's part of attn.qkv.weight, without a call: "
-            f"attn.qkv must be a torch.nn.Linear without hooks, got {name} with {hooks}"
-        )
-
-
-def _check_parts(what: str, module: nn.Module, known: str, parts: set[str]) -> None:
-    kind = type(module)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if name != known:
-        raise ValueError(f"{what} must be a {known}, got {name}")
-    unknown = {part for part, _ in module.named_children()} - parts
-    if unknown:
-        raise ValueError(
-            f"{what}, a {name}, must have no parts but {sorted(parts)}, got also {sorted(unknown)}"
-        )
+        what = f"block {position} of the run"
+        other = family
+        if isinstance(block, SkipBlock) and position > 0:
+            other = block.family
+        else:
+            other = families.of_block(block, what)
+            other.check_block(block, what)
+        if other is not family:
+            raise ValueError(
+                f"{what} must be of the family {family.__name__}, got {other.__name__}"
+            )
+    return family

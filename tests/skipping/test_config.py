@@ -106,6 +106,9 @@ def configs(draw):
         rejoin_at=rejoin,
         method=method,
         rejoin_update=draw(st.sampled_from(["none", "mean"])) if rejoin else "none",
+        scorer=draw(
+            st.sampled_from([None, "cls", "mean"] + ["norm", "random"] * (method != "fuse"))
+        ),
         warmup_epochs=draw(st.integers(0, 300)),
         cls_only_last_block=draw(st.booleans()),
     )
@@ -129,6 +132,9 @@ def test_parse_and_str_are_inverse(config):
         "6(55%)+11:mean,warmup=15",
         ":cls",
         "6(55%)+11:mean,cls,warmup=15",
+        "6(55%)+11:score=random",
+        "6(55%)+11:mean,score=norm,cls,warmup=15",
+        "6(45%)+fused:score=mean",
     ],
 )
 def test_the_notation_comes_back_as_written(text):
@@ -167,9 +173,14 @@ BAD_NOTATIONS = {
     "6(30%,30%)+10": "drop_at and drop_ratio must have the same length, got 1 layers and 2 ratios",
     "0(55%)+11": "layers must be integers counted from 1, got 0",
     "6(55%):mean": 'rejoin_update="mean" needs a rejoin_at, got None',
-    "6(55%)+11:median": 'options must be "mean", "cls" or "warmup=15", got \'median\' in '
-    "'6(55%)+11:median'",
-    "6(55%)+11:": 'options must be "mean", "cls" or "warmup=15", got \'\'',
+    "6(55%)+11:median": 'options must be "mean", "cls", "score=random" or "warmup=15", got '
+    "'median' in '6(55%)+11:median'",
+    "6(55%)+11:": 'options must be "mean", "cls", "score=random" or "warmup=15", got \'\'',
+    "6(55%)+11:score=": 'options must be "mean", "cls", "score=random" or "warmup=15", got ',
+    "6(55%)+11:score=luck": 'scorer must be one of "cls", "mean", "norm", "random", got \'luck\'',
+    "6(55%)+11:warmup=": "options must be",
+    "6(55%)+fuzed": "rejoin must be a layer or \"fused\", got 'fuzed' in '6(55%)+fuzed'",
+    "6(55%)+fused:score=norm": 'scorer must be "cls" or "mean", attention weights, where scores',
     "six(55%)": 'config must read like "6(55%)+11"',
     "6 55%": "config must read like",
 }
@@ -187,7 +198,7 @@ def test_bad_fields_raise_by_name():
         sk.SkipConfig(6, 1.2, 11)
     with pytest.raises(ValueError, match=r"drop_ratio must be a number in .* got 'lots'"):
         sk.SkipConfig(6, "lots", 11)
-    with pytest.raises(ValueError, match='method must be "skip" or "fuse", got \'merge\''):
+    with pytest.raises(ValueError, match='method must be "fuse" or "skip", got \'merge\''):
         sk.SkipConfig(6, 0.5, method="merge")
     with pytest.raises(ValueError, match='rejoin_update must be "none" or "mean", got \'max\''):
         sk.SkipConfig(6, 0.5, 11, rejoin_update="max")

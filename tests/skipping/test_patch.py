@@ -5,7 +5,6 @@ import inspect
 import io
 import math
 import pickle
-from fractions import Fraction
 
 import pytest
 import timm
@@ -14,9 +13,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import skipvit_kernels as sk
-from skipvit_kernels.skipping import run
+from skipvit_kernels.skipping import methods
 from skipvit_kernels.skipping.config import num_kept
-from skipvit_kernels.skipping.patch import SkipSequential
+from skipvit_kernels.skipping.sequence import SkipSequential
 
 SMALL = dict(img_size=48, patch_size=8, embed_dim=48, depth=12, num_heads=3, num_classes=7)
 CONFIGS = [
@@ -30,6 +29,9 @@ CONFIGS = [
     "12(50%)",
     "1(50%)+2",
     "6(100%)+11:mean",
+    "4,7(30%,30%)+10:score=mean",
+    "6(55%)+11:score=norm",
+    "6(45%)+fused:score=mean",
 ]
 
 
@@ -63,6 +65,8 @@ MODELS = {
     "scale norms": lambda: vit(scale_attn_norm=True, scale_mlp_norm=True),
     "pre-norm, average pool": lambda: vit(pre_norm=True, global_pool="avg"),
     "distilled": distilled,
+    "no CLS, registers": lambda: vit(class_token=False, reg_tokens=2, global_pool="avg"),
+    "no prefix, pooling latent": lambda: vit(class_token=False, global_pool="map"),
 }
 if "gated" in inspect.signature(timm.layers.Attention).parameters:  # timm 1.0.25 and later
     MODELS["gated"] = gated
@@ -99,9 +103,14 @@ def plain_skipvit(model, images, config):
         b, n, _ = y.shape
         q, k, _ = attn.qkv(y).reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k = attn.q_norm(q), attn.k_norm(k)
-        attention_map = (q @ k.transpose(-2, -1) * attn.scale).softmax(-1)
+        scorer = config.scorer or ("cls" if model.cls_token is not None else "mean")
+        if scorer == "norm":
+            scores = (k[:, :, prefix:].detach() ** 2).sum(-1).sqrt().mean(1)
+        else:
+            query = q[:, :, :1] if scorer == "cls" else q[:, :, prefix:].mean(2, keepdim=True)
+            attention = (query @ k.transpose(-2, -1) * attn.scale).softmax(-1)
+            scores = attention[:, :, 0, prefix:].mean(1)
         x = x + block.drop_path1(block.ls1(attn(y)))
-        scores = attention_map[:, :, 0, prefix:].mean(1)
         ratio = config.drop_ratio[config.drop_at.index(layer)]
         keep = num_kept(n - prefix, ratio)
         order = scores.argsort(1, descending=True)
@@ -197,19 +206,15 @@ def test_eager_attention_is_respected(images):
         sk.unpatch(model)
 
 
-def test_the_mean_update_is_taken_in_float32(monkeypatch):
+def test_the_mean_update_is_taken_in_float32():
     """Around 64 bfloat16 steps by 1/2: its means of 64 and of 64 + 1/8 would be the same."""
-    block = vit().bfloat16().blocks[0]
-    for parameter in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters()):
-        nn.init.zeros_(parameter)  # it moves nothing
     scores = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]])
-    monkeypatch.setattr(run, "cls_scores", lambda q, k, **options: scores)
     x = torch.zeros(1, 7, 48, dtype=torch.bfloat16)
     x[:, 1:5] = 64
+    skip = methods.make("skip", "mean", "rejoin", True)
+    left = skip.reduce(methods.Candidates(x, x[:, None], scores, 4, 1, None))
     moves = torch.tensor([0, 0.5, 0, 0, 0], dtype=torch.bfloat16)[:, None]
-    back = run.skip_run(
-        x, [block, lambda tokens: tokens + moves], drop_ratio=Fraction("1/3"), rejoin_update="mean"
-    )
+    back = skip.restore(x, left, left.tokens + moves, 1)
     assert back[0, :, 0].tolist() == [0, 64.5, 64, 64, 64, 0.125, 0.125]
 
 
@@ -352,7 +357,8 @@ def test_gradient_checkpointing(images, text, reentrant, monkeypatch):
     model.set_grad_checkpointing()
     for got, want in zip(grads(), expected, strict=True):
         assert torch.equal(got, want)
-    assert all(isinstance(child, Block | sk.SkipBlock) for child in model.blocks.children())
+    dropped = 12 - len(list(model.blocks.children()))
+    assert dropped == {"6(55%)+11": 4, "4,7(30%,30%)+10:mean": 5, "6(45%)+fused": 6}[text]
 
 
 def test_forward_features_gives_every_token_back(images):
@@ -539,11 +545,11 @@ def refusals():
             "1(55%)+2",
             f"model must be a timm VisionTransformer, got {type(rope).__name__}",
         ),
-        "no CLS": (
+        "CLS scores without CLS": (
             timm.create_model("vit_small_patch16_224", class_token=False, global_pool="avg"),
-            "6(55%)+11",
-            "model must have a CLS token, whose attention scores the patches; got a "
-            "VisionTransformer without one (global_pool='avg')",
+            "6(55%)+11:score=cls",
+            'scorer must not be "cls" on a model without a CLS token, got a VisionTransformer '
+            "(global_pool='avg'): \"mean\" suits it",
         ),
         "parallel blocks": (
             vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
@@ -634,10 +640,15 @@ def test_skip_block_refuses_settings_that_contradict():
     blocks = list(vit().blocks)[:2]
     for options, message in [
         (dict(drop_ratio=1.2), r"drop_ratio must be in \[0, 1\]"),
-        (dict(drop_ratio=0.5, method="merge"), 'method must be "skip" or "fuse", got \'merge\''),
+        (dict(drop_ratio=0.5, method="merge"), 'method must be "fuse" or "skip", got \'merge\''),
         (dict(drop_ratio=0.5, method="fuse"), 'rejoin must be False with method "fuse"'),
-        (dict(drop_ratio=0.5, rejoin=False, rejoin_update="mean"), "rejoin must be True"),
-        (dict(drop_ratio=0.5, num_prefix_tokens=0), "num_prefix_tokens must count CLS"),
+        (dict(drop_ratio=0.5, rejoin=False, rejoin_update="mean"), "needs a rejoin, got False"),
+        (dict(drop_ratio=0.5, num_prefix_tokens=-1), "num_prefix_tokens must be at least 0"),
+        (
+            dict(drop_ratio=0.5, num_prefix_tokens=0, scorer="cls"),
+            'num_prefix_tokens must be at least 1 with scorer "cls", got 0',
+        ),
+        (dict(drop_ratio=0.5, scorer="luck"), "scorer must be one of"),
     ]:
         with pytest.raises(ValueError, match=message):
             sk.SkipBlock(blocks, **options)
