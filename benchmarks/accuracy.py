@@ -25,15 +25,15 @@ from timm.models import load_checkpoint
 from tqdm import tqdm
 
 import skipvit_kernels as sk
-from skipvit_kernels.lab import bench
-from skipvit_kernels.lab.info import cpu_name
+from skipvit_kernels.lab.machine import cpu_name
+from skipvit_kernels.skipping import presets
 
-TABLE_1 = [text for text in bench.TABLE_1 if not text.endswith("+fused")]
+TABLE_1 = [text for text in presets.TABLE_1 if not text.endswith("+fused")]
 CONFIGS = ("", *TABLE_1, *(f"{text}:mean" for text in TABLE_1), "6(45%)+fused", "6(55%)")
 
 
 @dataclasses.dataclass
-class Row:
+class Tally:
     """One configuration: hits among `images`, seconds per batch, beside what to expect."""
 
     config: str
@@ -50,7 +50,7 @@ class Row:
         self.top5 += int(hits.any(1).sum())
         self.seconds.append(seconds)
 
-    def report(self, baseline: Row) -> dict[str, str]:
+    def report(self, baseline: Tally) -> dict[str, str]:
         # The last batch may be smaller, but it is so for every configuration.
         ratios = [b / s for b, s in zip(baseline.seconds, self.seconds, strict=True)]
         return {
@@ -67,7 +67,7 @@ class Row:
 def evaluate(
     model: torch.nn.Module, loader: torch.utils.data.DataLoader, configs: list[str], device: str
 ) -> list[dict[str, str]]:
-    rows = [Row(text, sk.ideal_speedup(model, text)) for text in configs]
+    rows = [Tally(text, sk.ideal_speedup(model, text)) for text in configs]
     for images, labels in tqdm(loader, desc="batches", unit="batch"):
         images, labels = images.to(device), labels.to(device)
         for row in rows:

@@ -15,7 +15,7 @@ import devices
 import pytest
 from rich.console import Console
 
-from skipvit_kernels.lab import bench, info, report
+from skipvit_kernels.lab import bench, machine, report
 
 COLUMNS = (
     *("operator", "shape", "dtype", "threads", "ours_us", "naive_us", "best_us", "compiled_us"),
@@ -134,7 +134,7 @@ class Results:
 
 
 RESULTS = pytest.StashKey[Results]()
-MODEL_ROWS = pytest.StashKey[list[bench.Row]]()
+MODEL_ROWS = pytest.StashKey[list[bench.Measurement]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -153,7 +153,7 @@ def results(request: Any) -> Results:
 
 
 @pytest.fixture(scope="session")
-def model_rows(request: Any) -> list[bench.Row]:
+def model_rows(request: Any) -> list[bench.Measurement]:
     """What the jobs of test_model_speed.py measured, in their order."""
     return request.config.stash[MODEL_ROWS]
 
@@ -168,7 +168,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     folder = config.getoption("--models-report")
     if folder is not None and rows:
         command = f"pytest {shlex.join(config.invocation_params.args)}"
-        report.write_page(folder, rows, about=info.versions(), command=command)
+        report.write_page(folder, rows, about=machine.versions(), command=command)
 
 
 def summarise_operators(terminalreporter: Any, config: pytest.Config) -> None:

@@ -13,7 +13,7 @@ import cases
 import torch
 
 from skipvit_kernels.backends import cpu, triton
-from skipvit_kernels.lab.info import cpu_name
+from skipvit_kernels.lab.machine import cpu_name
 
 Args = tuple[Any, ...]
 

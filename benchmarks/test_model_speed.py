@@ -15,15 +15,15 @@ Ctrl-C keeps what was measured. A job that does not fit the memory is skipped wi
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from skipvit_kernels.lab import bench
-from skipvit_kernels.lab.bench import Job, scaled
+from skipvit_kernels.lab import bench, info
+from skipvit_kernels.lab.bench import Job
+from skipvit_kernels.skipping.presets import TABLE_1, scaled
 
 SMALL, BASE, LARGE = (f"vit_{size}_patch16_224" for size in ("small", "base", "large"))
 LOSSLESS, SKIP, BOTH = ":cls", "6(55%)+11", "6(55%)+11:cls"
@@ -32,7 +32,7 @@ DEPTHS = {SMALL: 12, BASE: 12, LARGE: 24}
 
 def cpu_jobs() -> Iterator[Job]:
     """Under six minutes on two cores."""
-    everything = (*bench.TABLE_1, f"{SKIP}:mean", LOSSLESS, BOTH)
+    everything = (*TABLE_1, f"{SKIP}:mean", LOSSLESS, BOTH)
     yield Job(SMALL, everything, 8, training=True, rounds=4, warmup=1)
     yield Job(SMALL, everything, 8, training=False, rounds=6, warmup=1)
     for model, rounds in ((SMALL, 30), (BASE, 15), (LARGE, 6)):
@@ -47,7 +47,7 @@ def cpu_jobs() -> Iterator[Job]:
 def cuda_jobs() -> Iterator[Job]:
     """The figures to reach are in docs/triton.md."""
     for model in (SMALL, BASE, LARGE):
-        table_1 = bench.TABLE_1 if model == SMALL else (SKIP,)
+        table_1 = TABLE_1 if model == SMALL else (SKIP,)
         configs = tuple(scaled(c, DEPTHS[model]) for c in (*table_1, f"{SKIP}:mean", BOTH))
         shared = dict(device="cuda", bfloat16=True)
         for training in (True, False):
@@ -91,7 +91,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[Job, dict[str, bench.Row] | str]:
+def measured() -> dict[Job, dict[str, bench.Measurement] | str]:
     """Per job, its rows by variant, or why there are none."""
     return {}
 
@@ -99,13 +99,13 @@ def measured() -> dict[Job, dict[str, bench.Row] | str]:
 @pytest.mark.benchmark(timer=CLOCK)
 def test_model(
     benchmark: Any,
-    model_rows: list[bench.Row],
-    measured: dict[Job, dict[str, bench.Row] | str],
+    model_rows: list[bench.Measurement],
+    measured: dict[Job, dict[str, bench.Measurement] | str],
     job: Job,
     variant: str,
 ) -> None:
     # A number of the plain PyTorch behind the kernels would pass for one of the kernels.
-    assert not bench.missing_kernels(job.device), bench.missing_kernels(job.device)
+    assert not info.missing_kernels(job.device), info.missing_kernels(job.device)
     if job not in measured:
         before = len(model_rows)
         try:
@@ -117,10 +117,7 @@ def test_model(
     if isinstance(rows, str):
         pytest.skip(rows)
     row = rows[variant]
-    info = dataclasses.asdict(row)
     benchmark.group = str(job)
-    benchmark.extra_info.update(
-        {name: value for name, value in info.items() if name != "seconds"}, torch=torch.__version__
-    )
+    benchmark.extra_info.update(row.record(), torch=torch.__version__)
     times = iter(row.seconds)
     benchmark.pedantic(CLOCK.advance, args=(times,), rounds=len(row.seconds), iterations=1)

@@ -47,7 +47,7 @@ from torch import Tensor
 
 import skipvit_kernels as sk
 from skipvit_kernels import reference
-from skipvit_kernels.lab.bench import free_memory
+from skipvit_kernels.lab.machine import free_memory
 
 # Or torch.compile would run the plain chain after 8 compilations of it, and not say so.
 torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -154,13 +154,15 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from skipvit_kernels.lab import bench, report
+    from skipvit_kernels.skipping import presets
+    from skipvit_kernels.skipping.cost import ViTShape
 
     _set_threads(args.threads)
     modes = {"forward": [False], "training": [True], "both": [False, True]}[args.mode]
     try:
         job = bench.Job(
             args.model,
-            (*(args.configs or []), *(bench.TABLE_1 if args.table_1 else [])),
+            (*(args.configs or []), *(presets.TABLE_1 if args.table_1 else [])),
             batch_size=args.batch_size,
             training=False,
             image_size=args.image_size,
@@ -171,11 +173,11 @@ def _bench(args: argparse.Namespace) -> int:
         )
         if not job.configs:
             model = bench.build(job)
-            usual, _ = bench.usual(model)
-            bare = bench.scaled("6(55%)+11", len(model.blocks))
+            usual, _ = presets.usual(model)
+            bare = presets.scaled("6(55%)+11", ViTShape.of(model).depth)
             job = dataclasses.replace(job, configs=(bare, *usual))
         jobs = [dataclasses.replace(job, training=training) for training in modes]
-        report.measure(jobs, report=args.report, command=f"skipvit {shlex.join(args.argv)}")
+        report.run_jobs(jobs, report=args.report, command=f"skipvit {shlex.join(args.argv)}")
     except ValueError as error:
         print(f"skipvit bench: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ from torch import nn
 from skipvit_kernels.lab import bench
 from skipvit_kernels.skipping.config import SkipConfig
 from skipvit_kernels.skipping.patch import is_patched, unpatch
+from skipvit_kernels.skipping.presets import usual
 
 LEAST_ROUNDS = 3
 LEAST_GAIN = 0.02  # below two percent nobody should change a model
@@ -139,7 +140,7 @@ def advise(
     if is_patched(model):
         unpatch(model)
     name = getattr(original, "default_cfg", {}).get("architecture") or type(model).__name__
-    configs, notes = bench.usual(model)
+    configs, notes = usual(model)
     if image_size is not None:
         model.set_input_size(img_size=image_size)  # type: ignore[operator]
     job = dataclasses.replace(job, model=name, configs=configs)
@@ -151,7 +152,7 @@ def advise(
         if time.monotonic() > deadline:
             raise _OutOfTime
 
-    rows: list[bench.Row] = []
+    rows: list[bench.Measurement] = []
     try:
         bench.run(job, rows, model=model, on_call=in_time)
     except _OutOfTime:
@@ -173,7 +174,7 @@ def _that_fits(job: bench.Job, model: nn.Module, deadline: float) -> tuple[bench
         probe = dataclasses.replace(
             job, batch_size=batch, configs=(), control=False, rounds=1, warmup=1
         )
-        rows: list[bench.Row] = []
+        rows: list[bench.Measurement] = []
         try:
             bench.run(probe, rows, model=model)
         except bench.TooLittleMemory as error:
@@ -192,7 +193,7 @@ def _that_fits(job: bench.Job, model: nn.Module, deadline: float) -> tuple[bench
         batch = larger
 
 
-def _conclude(job: bench.Job, rows: list[bench.Row], notes: list[str]) -> Advice:
+def _conclude(job: bench.Job, rows: list[bench.Measurement], notes: list[str]) -> Advice:
     found = {row.config: row for row in rows}
     control = found[bench.CONTROL]
     noise = max(abs(control.speedup - 1), abs(control.paired_speedup - 1))
@@ -216,7 +217,7 @@ def _conclude(job: bench.Job, rows: list[bench.Row], notes: list[str]) -> Advice
     )
 
 
-def _finding(row: bench.Row, least: float) -> Finding:
+def _finding(row: bench.Measurement, least: float) -> Finding:
     lossless = not SkipConfig.parse(row.config).drop_at
     gain, allowed = row.paired_speedup - 1, row.ideal_speedup - 1
     # Without a floor of its own the setting routes nothing, and is its floor.

@@ -1,6 +1,6 @@
 """What skipping buys for a model: unpatched, sliced and patched, measured in turn.
 
-rows: list[Row] = []
+rows: list[Measurement] = []
 run(Job("vit_small_patch16_224", ("6(55%)+11", ":cls"), batch_size=8, training=True), rows)
 """
 
@@ -9,27 +9,25 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from skipvit_kernels.lab import clock, info
+from skipvit_kernels.lab import clock, machine
 from skipvit_kernels.skipping.config import SkipConfig
 from skipvit_kernels.skipping.cost import ViTShape, activations, ideal_speedup
 from skipvit_kernels.skipping.patch import patch, verify
 
-# SkipViT's Table 1, for 12 blocks.
-TABLE_1 = (
-    *("6(45%)+fused", "4,7(30%,30%)+10", "4,7(30%,30%)+11", "5,8(35%,35%)+10"),
-    *("5,8(35%,35%)+11", "6(45%)+11", "6(50%)+11", "6(55%)+11"),
-)
-
-
 CONTROL = "unpatched again"
+# The columns of a report: what a `Job` says, and what a `Measurement` does.
+RAN = ("model", "mode", "batch_size", "image_size", "device", "dtype", "compiled", "cuda_graph")
+FIGURES = (
+    *("config", "images_per_second", "speedup", "paired_speedup", "ideal_speedup"),
+    *("floor_speedup", "paired_floor_speedup", "overhead", "paired_overhead", "peak_memory"),
+    *("resident_memory", "memory_saved", "activations_saved", "threads", "load"),
+)
 
 
 class TooLittleMemory(Exception):
@@ -92,7 +90,7 @@ class Job:
     def __str__(self) -> str:
         parts = [
             self.model,
-            "training step" if self.training else "forward",
+            self.mode,
             f"batch {self.batch_size}",
             *([f"{self.image_size} px"] if self.image_size else []),
             *(["bfloat16"] if self.bfloat16 else []),
@@ -101,6 +99,14 @@ class Job:
             self.device,
         ]
         return ", ".join(parts)
+
+    @property
+    def mode(self) -> str:
+        return "training step" if self.training else "forward"
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.bfloat16 else "float32"
 
     @property
     def floors(self) -> dict[str, str]:
@@ -112,10 +118,10 @@ class Job:
         }
 
     @property
-    def variants(self) -> list[str]:
-        """Names of what is timed: "unpatched", each configuration, each floor."""
-        control = [CONTROL] if self.control else []
-        return ["unpatched", *control, *self.configs, *self.floors]
+    def variants(self) -> dict[str, str]:
+        """What is timed, "unpatched", each configuration, each floor; and what each drops."""
+        control = {CONTROL: ""} if self.control else {}
+        return {"unpatched": "", **control, **{c: c for c in self.configs}, **self.floors}
 
     @property
     def num_calls(self) -> int:
@@ -125,98 +131,102 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One variant's results; every ratio is of calls that were timed in turn in one process.
+class Measurement:
+    """One variant of a job: what was measured, and the figures that follow.
 
     Attributes:
-        model, mode, batch_size, image_size, device, dtype, compiled, cuda_graph:
-            what ran.
-        config: in its notation; "unpatched" for the model as it is, "sliced ..." for a floor.
-        images_per_second: of the shortest call.
-        speedup, paired_speedup: over the unpatched model; of the shortest calls, and as the median
-            over the rounds.
-        ideal_speedup: what the arithmetic alone allows.
-        floor_speedup, paired_floor_speedup: of the sliced model, which selects for free; None
-            where nothing drops.
-        overhead, paired_overhead: routing overhead, time over the sliced model's, less 1.
-        peak_memory: bytes that a call holds at most beyond what was held before, by torch's
-            allocator; None where it was not measured.
-        resident_memory: the same as the operating system counts it (Linux, on the CPU).
-        memory_saved: unpatched peak less this peak, bytes.
-        activations_saved: bytes of activations that the skipped tokens would have held for the
-            backward: what `memory_saved` should reach in a training step.
+        job: what ran, its image size filled in.
+        config: one of the job's variants.
+        shape: of the model.
+        times: of all variants of the job, timed in turn in one process: ratios hold among these.
+        peaks, residents: `peak_memory` and `resident_memory` of the variants where measured.
         threads, load: of the CPU; its load average when the job began.
-        seconds: each timed call.
     """
 
-    model: str
-    mode: str
-    batch_size: int
-    image_size: int
-    device: str
-    dtype: str
-    compiled: bool
-    cuda_graph: bool
+    job: Job
     config: str
-    images_per_second: float
-    speedup: float
-    paired_speedup: float
-    ideal_speedup: float
-    floor_speedup: float | None
-    paired_floor_speedup: float | None
-    overhead: float | None
-    paired_overhead: float | None
-    peak_memory: int | None
-    resident_memory: int | None
-    memory_saved: int | None
-    activations_saved: int | None
+    shape: ViTShape
+    times: clock.Times
+    peaks: dict[str, int]
+    residents: dict[str, int | None]
     threads: int
     load: float
-    seconds: tuple[float, ...]
 
+    @property
+    def seconds(self) -> list[float]:
+        """Each timed call."""
+        return self.times.seconds[self.config]
 
-def scaled(config: str, depth: int) -> str:
-    """A configuration for 12 blocks at the same twelfths of another depth: ViT-L's 24, say."""
-    parsed = SkipConfig.parse(config)
+    @property
+    def images_per_second(self) -> float:
+        """Of the shortest call."""
+        return self.job.batch_size / self.times.best(self.config)
 
-    def layer(at: int) -> int:
-        return (at - 1) * depth // 12 + 1
+    @property
+    def speedup(self) -> float:
+        """Over the unpatched model, of the shortest calls; `paired_`: median over the rounds."""
+        return self.times.ratio("unpatched", self.config)
 
-    rejoin = parsed.rejoin_at
-    return str(
-        dataclasses.replace(
-            parsed,
-            drop_at=tuple(map(layer, parsed.drop_at)),
-            rejoin_at=None if rejoin is None else layer(rejoin),
-        )
-    )
+    @property
+    def paired_speedup(self) -> float:
+        return self.times.paired_ratio("unpatched", self.config)
 
+    @property
+    def ideal_speedup(self) -> float:
+        """What the arithmetic alone allows."""
+        return ideal_speedup(self.shape, self.job.variants[self.config])
 
-def usual(model: Any) -> tuple[tuple[str, ...], list[str]]:
-    """What is worth a first look on this model, and why the rest is not possible on it.
+    @property
+    def floor(self) -> str | None:
+        """The sliced variant, which selects for free; None where nothing drops."""
+        name = f"sliced {self.config}"
+        return name if name in self.job.floors else None
 
-    The lossless last block; and with it the paper's fastest skip, its two stages, and EViT's fused
-    token, at the same twelfths of the depth.
+    @property
+    def floor_speedup(self) -> float | None:
+        return self.times.ratio("unpatched", self.floor) if self.floor else None
 
-    Raises:
-        ValueError: where the model cannot be patched at all.
-    """
-    patch(clock.twin(model), "")
-    configs, notes, cls = [], [], ":cls"
-    try:
-        patch(clock.twin(model), cls)
-        configs.append(cls)
-    except ValueError as error:
-        cls = ""
-        notes.append(f"The lossless last block is not possible: {error}.")
-    for config in ("6(55%)+11", "4,7(30%,30%)+10", "6(45%)+fused"):
-        try:
-            text = scaled(config, len(model.blocks)) + cls
-            patch(clock.twin(model), text)
-            configs.append(text)
-        except ValueError as error:
-            notes.append(f"{config} is not possible here: {error}.")
-    return tuple(configs), notes
+    @property
+    def paired_floor_speedup(self) -> float | None:
+        return self.times.paired_ratio("unpatched", self.floor) if self.floor else None
+
+    @property
+    def overhead(self) -> float | None:
+        """Routing overhead: time over the floor's, less 1."""
+        return self.times.ratio(self.config, self.floor) - 1 if self.floor else None
+
+    @property
+    def paired_overhead(self) -> float | None:
+        return self.times.paired_ratio(self.config, self.floor) - 1 if self.floor else None
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes that a call holds at most beyond what was held before, by torch's allocator."""
+        return self.peaks.get(self.config)
+
+    @property
+    def resident_memory(self) -> int | None:
+        """The same as the operating system counts it (Linux, on the CPU)."""
+        return self.residents.get(self.config)
+
+    @property
+    def memory_saved(self) -> int | None:
+        """Unpatched peak less this peak."""
+        peak = self.peak_memory
+        return None if peak is None else self.peaks["unpatched"] - peak
+
+    @property
+    def activations_saved(self) -> int | None:
+        """Bytes of the skipped tokens' activations: what a training step's peak should fall by."""
+        if not self.job.training:
+            return None
+        everything = _activation_bytes(self.job, self.shape)
+        return everything - _activation_bytes(self.job, self.shape, self.job.variants[self.config])
+
+    def record(self) -> dict[str, Any]:
+        """Every figure by its column of a report's results.csv."""
+        ran = {name: getattr(self.job, name) for name in RAN}
+        return ran | {name: getattr(self, name) for name in FIGURES}
 
 
 def build(job: Job) -> Any:
@@ -244,12 +254,12 @@ def build(job: Job) -> Any:
 
 def run(
     job: Job,
-    rows: list[Row],
+    rows: list[Measurement],
     *,
     model: Any = None,
     on_call: Callable[[], object] = lambda: None,
 ) -> None:
-    """Measure a job and append its rows, "unpatched" first.
+    """Measure a job and append a row for each variant, "unpatched" first.
 
     Args:
         rows: where the results go: after Ctrl-C, those of the rounds that were finished.
@@ -280,7 +290,7 @@ def run(
     calls = {name: _call(job, model, variant) for name, variant in variants.items()}
     times = clock.Times.of(calls)
     peaks: dict[str, int] = {}
-    resident: dict[str, int | None] = {}
+    residents: dict[str, int | None] = {}
     try:
         clock.interleave(
             calls, rounds=job.rounds, warmup=job.warmup, device=job.device, times=times,
@@ -290,7 +300,7 @@ def run(
             peaks[name] = clock.peak_memory(calls[name], device=job.device)
             on_call()
             if job.device == "cpu":
-                resident[name] = clock.resident_peak(calls[name])
+                residents[name] = clock.resident_peak(calls[name])
                 on_call()
     except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises RuntimeError
         # Not just "memory": an illegal memory access is a fault of a kernel.
@@ -302,50 +312,9 @@ def run(
     finally:
         times = times.whole_rounds()
         if times.seconds["unpatched"]:
-            rows += _rows(job, model, times, peaks, resident, load)
-
-
-def _rows(
-    job: Job,
-    model: Any,
-    times: clock.Times,
-    peaks: dict[str, int],
-    resident: dict[str, int | None],
-    load: float,
-) -> Iterator[Row]:
-    shape = ViTShape.of(model)
-    floors = {config: name for name, config in job.floors.items()}
-    for name in job.variants:
-        config = job.floors.get(name, name if name in job.configs else "")
-        floor = floors.get(name)
-        saved = activations(shape) - activations(shape, config)
-        has_peak = name in peaks and "unpatched" in peaks
-        yield Row(
-            model=job.model,
-            mode="training step" if job.training else "forward",
-            batch_size=job.batch_size,
-            image_size=model.patch_embed.img_size[0],
-            device=job.device,
-            dtype="bfloat16" if job.bfloat16 else "float32",
-            compiled=job.compiled,
-            cuda_graph=job.cuda_graph,
-            config=name,
-            images_per_second=job.batch_size / times.best(name),
-            speedup=times.ratio("unpatched", name),
-            paired_speedup=times.paired_ratio("unpatched", name),
-            ideal_speedup=ideal_speedup(shape, config),
-            floor_speedup=times.ratio("unpatched", floor) if floor else None,
-            paired_floor_speedup=times.paired_ratio("unpatched", floor) if floor else None,
-            overhead=times.ratio(name, floor) - 1 if floor else None,
-            paired_overhead=times.paired_ratio(name, floor) - 1 if floor else None,
-            peak_memory=peaks.get(name),
-            resident_memory=resident.get(name),
-            memory_saved=peaks["unpatched"] - peaks[name] if has_peak else None,
-            activations_saved=_itemsize(job) * job.batch_size * saved if job.training else None,
-            threads=torch.get_num_threads(),
-            load=load,
-            seconds=tuple(times.seconds[name]),
-        )
+            ran = dataclasses.replace(job, image_size=_image_shape(model)[1])
+            about = (ViTShape.of(model), times, peaks, residents, torch.get_num_threads(), load)
+            rows += [Measurement(ran, name, *about) for name in job.variants]
 
 
 def _call(job: Job, model: Any, variant: nn.Module) -> Callable[[], None]:
@@ -361,12 +330,14 @@ def _call(job: Job, model: Any, variant: nn.Module) -> Callable[[], None]:
     return clock.training_step(variant, images, labels, autocast=autocast)
 
 
-def _image_shape(model: Any) -> tuple[int, ...]:
+def _image_shape(model: Any) -> tuple[int, int, int]:
+    """Channels, height, width."""
     return (model.patch_embed.proj.weight.shape[1], *model.patch_embed.img_size)
 
 
-def _itemsize(job: Job) -> int:
-    return 2 if job.bfloat16 else 4
+def _activation_bytes(job: Job, shape: ViTShape, config: str = "") -> int:
+    """That a training step of the job keeps for the backward."""
+    return activations(shape, config) * job.batch_size * (2 if job.bfloat16 else 4)
 
 
 def check_memory(job: Job, model: Any) -> None:
@@ -375,32 +346,15 @@ def check_memory(job: Job, model: Any) -> None:
     Counted are gradients, the activations of a training step, and of an inference the largest
     block's. Linux would otherwise promise the memory and kill the process when it is used.
     """
-    free = free_memory(job.device)
+    free = machine.free_memory(job.device)
     shape = ViTShape.of(model)
-    images = activations(shape) * job.batch_size * _itemsize(job)
+    images = _activation_bytes(job, shape)
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
     needed = images + weights if job.training else images // shape.depth
     if needed > free:
         raise TooLittleMemory(
             f"{job} needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         )
-
-
-def free_memory(device: str) -> int:
-    """Bytes that are left for tensors on a device; of the CPU all it has where it does not tell."""
-    if device == "cuda":
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + unused
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 1024 * int(re.findall(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[0])
-
-
-def missing_kernels(device: str) -> set[str]:
-    """Why plain PyTorch would run in place of the device's kernels: empty where they run."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    return {kernel.reason for kernel in info.kernels() if kernel.key == key and kernel.reason}
 
 
 def block_seconds(job: Job, *, rounds: int = 10, warmup: int = 2) -> dict[str, list[float]]:

@@ -78,8 +78,8 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the results; the ratios are of training steps.
+class Outcome:
+    """What one of `SETTINGS` came to; the ratios are of training steps.
 
     Attributes:
         name: "baseline", "skip" or "fused".
@@ -149,7 +149,7 @@ def build_model(seed: int) -> VisionTransformer:
     return model
 
 
-def run(options: Options) -> list[Row]:
+def run(options: Options) -> list[Outcome]:
     """Train, measure, print one table and write `options.out`; about two minutes.
 
     Returns:
@@ -167,7 +167,7 @@ def run(options: Options) -> list[Row]:
     with warnings.catch_warnings():
         # Said once in a line of our own below, not by every operator into the progress bars.
         warnings.filterwarnings("ignore", message="skipvit::")
-        for reason in {k.reason for k in info.kernels() if k.key == "CPU" and k.reason}:
+        for reason in info.missing_kernels("cpu"):
             console.print(f"without compiled kernels, so slower: {reason}", style="yellow")
         digits = Digits.load()
         models = _train_all(digits, options, console)
@@ -236,7 +236,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def _measure(models: dict[str, nn.Module], digits: Digits) -> tuple[list[Row], float]:
+def _measure(models: dict[str, nn.Module], digits: Digits) -> tuple[list[Outcome], float]:
     """Accuracy first, of the models as trained; then the time of training steps, on copies.
 
     Also returns the baseline's median step over its shortest: 1 on a quiet machine.
@@ -259,7 +259,7 @@ def _measure(models: dict[str, nn.Module], digits: Digits) -> tuple[list[Row], f
         config = SkipConfig.parse(text)
         floor = f"sliced {name}"
         rows.append(
-            Row(
+            Outcome(
                 name=name,
                 config=text,
                 tokens=_compact([c.mlp for c in config.token_counts(DEPTH, num_patches=64)]),
@@ -295,7 +295,7 @@ def _compact(counts: list[int]) -> str:
     return ", ".join(f"{count}x{len(list(run))}" for count, run in itertools.groupby(counts))
 
 
-def _rich_table(rows: list[Row]) -> Table:
+def _rich_table(rows: list[Outcome]) -> Table:
     """Fits a terminal of 80 columns."""
     table = Table(title="Training steps on this machine", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("setting", no_wrap=True)
@@ -313,13 +313,13 @@ def _rich_table(rows: list[Row]) -> Table:
     return table
 
 
-def _write(out: Path, rows: list[Row], digits: Digits, kept: dict[str, Tensor]) -> None:
+def _write(out: Path, rows: list[Outcome], digits: Digits, kept: dict[str, Tensor]) -> None:
     """All files or none: each is finished beside `out` before the first is moved into it."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as unfinished:
         folder = Path(unfinished)
         with (folder / "results.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Outcome)])
             writer.writeheader()
             writer.writerows(dataclasses.asdict(row) for row in rows)
         _chart(rows).savefig(folder / "results.png")
@@ -328,7 +328,7 @@ def _write(out: Path, rows: list[Row], digits: Digits, kept: dict[str, Tensor]) 
             path.replace(out / path.name)
 
 
-def _chart(rows: list[Row]) -> Figure:
+def _chart(rows: list[Outcome]) -> Figure:
     """Left the speed-up of a training step beside the ideal, right the accuracy."""
     figure = Figure(figsize=(9, 3.4), dpi=200, layout="constrained")
     speed, accuracy = figure.subplots(1, 2, width_ratios=(4, 3))

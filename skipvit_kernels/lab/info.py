@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
-from pathlib import Path
 
 import torch
 
-import skipvit_kernels
 from skipvit_kernels import backends, ops
+from skipvit_kernels.lab import machine
 
 # torch's dispatch key: the module of `backends` that registers under it, and what it brings.
 _BACKENDS = {
@@ -56,27 +53,14 @@ def _kernel(operator: str, key: str) -> Kernel:
     return Kernel(operator, key, FALLBACK, reason)
 
 
-def versions() -> dict[str, str]:
-    """What a bug report needs: versions by package, the CPU, its threads, the C++ build."""
-    found = {
-        "skipvit_kernels": skipvit_kernels.__version__,
-        "torch": torch.__version__,
-        "timm": _version("timm"),
-        "triton": _version("triton"),
-        "Python": platform.python_version(),
-    }
-    found["CPU"] = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        found["CUDA device"] = torch.cuda.get_device_name()
-    if backends.cpu.unavailable_reason() is None:
-        found["C++ kernels"] = ", ".join(
-            f"{name} {value}" for name, value in backends.cpu.build_info().items()
-        )
-    return found
+def missing_kernels(device: str) -> set[str]:
+    """Why plain PyTorch would run in place of the device's kernels: empty where they run."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    return {kernel.reason for kernel in kernels() if kernel.key == key and kernel.reason}
 
 
 def text() -> str:
-    """Both, as `skipvit info` prints them."""
+    """The kernels and the machine, as `skipvit info` prints them."""
     table = {(kernel.operator, kernel.key): kernel for kernel in kernels()}
     width = max(map(len, ops.SCHEMAS)) + 2
     lines = ["operator".ljust(width) + "".join(key.ljust(13) for key in _BACKENDS)]
@@ -96,22 +80,5 @@ def text() -> str:
         stands = "plain PyTorch" if runs == FALLBACK else f"the {runs} kernels are idle"
         lines.append(f"{key}: {stands}{which}, because {reason}")
     lines.append("")
-    lines += [f"{name.ljust(width)}{value}" for name, value in versions().items()]
+    lines += [f"{name.ljust(width)}{value}" for name, value in machine.versions().items()]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def cpu_name() -> str:
-    """The model name where the system tells it (Linux), else the architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

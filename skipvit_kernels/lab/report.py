@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Sequence
@@ -15,22 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from skipvit_kernels.lab.bench import (
-    Job,
-    Row,
-    TooLittleMemory,
-    block_seconds,
-    missing_kernels,
-    run,
-)
-from skipvit_kernels.lab.info import versions
+from skipvit_kernels.lab import bench, info, machine
+from skipvit_kernels.lab.bench import Job, Measurement
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
 COLUMNS = ("setting", "images/s", "speed-up", "sliced", "ideal", "routing overhead", "peak memory")
 
 
-def measure(jobs: Sequence[Job], *, report: Path | None, command: str) -> list[Row]:
+def run_jobs(jobs: Sequence[Job], *, report: Path | None, command: str) -> list[Measurement]:
     """Run the jobs with a progress bar; print a table of each, and write `report` where given.
 
     A job that does not fit into memory is left out and named. After Ctrl-C everything that was
@@ -47,9 +39,9 @@ def measure(jobs: Sequence[Job], *, report: Path | None, command: str) -> list[R
                 f"report must be a folder that can be written, got {report}: {error.strerror}"
             ) from error
     console = Console()
-    for reason in sorted({r for job in jobs for r in missing_kernels(job.device)}):
+    for reason in sorted({r for job in jobs for r in info.missing_kernels(job.device)}):
         console.print(f"without compiled kernels, so slower: {reason}", style="yellow")
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     skipped: list[str] = []
     blocks: dict[str, list[float]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -60,43 +52,45 @@ def measure(jobs: Sequence[Job], *, report: Path | None, command: str) -> list[R
             for job in jobs:
                 task = progress.add_task(str(job), total=job.num_calls)
                 try:
-                    run(job, rows, on_call=functools.partial(progress.advance, task))
-                except TooLittleMemory as error:
+                    bench.run(job, rows, on_call=functools.partial(progress.advance, task))
+                except bench.TooLittleMemory as error:
                     skipped.append(str(error))
                 else:
                     if report is not None and not blocks:
-                        blocks = block_seconds(job)
+                        blocks = bench.block_seconds(job)
     finally:
         for title, members in groups(rows).items():
             console.print(table(title, members))
         for reason in skipped:
             console.print(f"not measured: {reason}", style="yellow")
         if report is not None and rows:
+            about = machine.versions()
             page = write_page(
-                report, rows, about=versions(), command=command, skipped=skipped, blocks=blocks
+                report, rows, about=about, command=command, skipped=skipped, blocks=blocks
             )
             console.print(f"written to {page}")
     return rows
 
 
-def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def groups(rows: Iterable[Measurement]) -> dict[str, list[Measurement]]:
     """Rows that were timed in turn, by what they have in common."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[Measurement]] = {}
     for row in rows:
-        parts = [row.model, row.mode, f"batch {row.batch_size}", f"{row.image_size} px", row.dtype]
-        parts += ["torch.compile"] if row.compiled else []
-        parts += ["CUDA graph"] if row.cuda_graph else []
-        parts += [f"{row.threads} CPU threads" if row.device == "cpu" else row.device]
+        job = row.job
+        parts = [job.model, job.mode, f"batch {job.batch_size}", f"{job.image_size} px", job.dtype]
+        parts += ["torch.compile"] if job.compiled else []
+        parts += ["CUDA graph"] if job.cuda_graph else []
+        parts += [f"{row.threads} CPU threads" if job.device == "cpu" else job.device]
         found.setdefault(", ".join(parts), []).append(row)
     return found
 
 
-def patched(rows: Iterable[Row]) -> list[Row]:
-    """Without the floors, whose figures stand in the rows of their configurations."""
+def without_floors(rows: Iterable[Measurement]) -> list[Measurement]:
+    """The floors' figures stand in the rows of their configurations."""
     return [row for row in rows if not row.config.startswith("sliced ")]
 
 
-def cells(row: Row, *, brackets: bool) -> list[str]:
+def cells(row: Measurement, *, brackets: bool) -> list[str]:
     """A row under COLUMNS: ratios as medians over the rounds, of the shortest calls in brackets."""
 
     def ratio(median: float | None, shortest: float | None, form: str) -> str:
@@ -116,7 +110,7 @@ def cells(row: Row, *, brackets: bool) -> list[str]:
     ]
 
 
-def table(title: str, rows: Iterable[Row]) -> Table:
+def table(title: str, rows: Iterable[Measurement]) -> Table:
     """For a terminal of 80 columns."""
     found = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
@@ -124,29 +118,27 @@ def table(title: str, rows: Iterable[Row]) -> Table:
         found.add_column(
             column.replace(" ", "\n"), justify="left" if left else "right", no_wrap=left
         )
-    for row in patched(rows):
+    for row in without_floors(rows):
         found.add_row(*cells(row, brackets=False))
     return found
 
 
-def write_data(folder: Path, rows: Sequence[Row]) -> None:
+def write_data(folder: Path, rows: Sequence[Measurement]) -> None:
     """results.csv without the single calls, results.json with them."""
     folder.mkdir(parents=True, exist_ok=True)
-    records = [dataclasses.asdict(row) for row in rows]
-    (folder / "results.json").write_text(json.dumps(records, indent=1))
-    names = [field.name for field in dataclasses.fields(Row) if field.name != "seconds"]
+    calls = [row.record() | {"seconds": row.seconds} for row in rows]
+    (folder / "results.json").write_text(json.dumps(calls, indent=1))
     with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer = csv.DictWriter(file, bench.RAN + bench.FIGURES)
         writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in record.items()}
-            for record in records
-        )
+        for row in rows:
+            record = row.record().items()
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in record})
 
 
 def write_page(
     folder: Path,
-    rows: Sequence[Row],
+    rows: Sequence[Measurement],
     *,
     about: dict[str, str],
     command: str,
@@ -180,7 +172,7 @@ def write_page(
     for title, members in groups(rows).items():
         lines += ["", f"## {title}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-        for row in patched(members):
+        for row in without_floors(members):
             lines.append(
                 "| " + " | ".join([f"`{row.config}`", *cells(row, brackets=True)[1:]]) + " |"
             )
@@ -204,10 +196,10 @@ def write_page(
     return page
 
 
-def memory_lines(rows: Iterable[Row]) -> list[str]:
+def memory_lines(rows: Iterable[Measurement]) -> list[str]:
     """What a group of training steps saves in memory, as Markdown; empty for other groups."""
-    found = [row for row in patched(rows) if row.memory_saved is not None]
-    if not found or found[0].mode != "training step":
+    found = [row for row in without_floors(rows) if row.memory_saved is not None]
+    if not found or not found[0].job.training:
         return []
 
     def mib(count: int | None) -> str:
@@ -221,12 +213,12 @@ def memory_lines(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def speedup_chart(rows: Iterable[Row]) -> Figure | None:
+def speedup_chart(rows: Iterable[Measurement]) -> Figure | None:
     """One panel a group, medians: measured bars, the floor and the ideal as marks.
 
     None without rows.
     """
-    found = {title: patched(members)[1:] for title, members in groups(rows).items()}
+    found = {title: without_floors(members)[1:] for title, members in groups(rows).items()}
     found = {title: members for title, members in found.items() if members}
     if not found:
         return None
@@ -265,10 +257,10 @@ def speedup_chart(rows: Iterable[Row]) -> Figure | None:
     return figure
 
 
-def memory_chart(rows: Iterable[Row]) -> Figure | None:
+def memory_chart(rows: Iterable[Measurement]) -> Figure | None:
     """Peak of the first group of training steps with memory; None where there is none."""
-    measured = [row for row in patched(rows) if row.memory_saved is not None]
-    training = groups(row for row in measured if row.mode == "training step")
+    measured = [row for row in without_floors(rows) if row.memory_saved is not None]
+    training = groups(row for row in measured if row.job.training)
     if not training:
         return None
     title, found = next(iter(training.items()))

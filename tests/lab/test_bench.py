@@ -3,21 +3,23 @@
 import builtins
 import copy
 import csv
-import dataclasses
 import itertools
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 import skipvit_kernels as sk
-from skipvit_kernels import cli
-from skipvit_kernels.lab import bench, clock, report
+from skipvit_kernels import cli, lab
+from skipvit_kernels.lab import advise as advising
+from skipvit_kernels.lab import bench, clock, machine, report
 from skipvit_kernels.lab.advise import advise
-from skipvit_kernels.lab.bench import Job, Row, TooLittleMemory
+from skipvit_kernels.lab.bench import Job, Measurement, TooLittleMemory
+from skipvit_kernels.skipping.presets import usual
 
 CONFIGS = ("6(55%)+11", ":cls", "6(45%)+fused:cls")
 
@@ -31,7 +33,7 @@ def job(**options):
 @pytest.fixture(scope="module")
 def rows():
     torch.set_num_threads(1)
-    found: list[Row] = []
+    found: list[Measurement] = []
     for training in (False, True):
         bench.run(job(training=training), found)
     return found
@@ -56,8 +58,11 @@ def test_the_figures_follow_from_the_times(rows):
     fewer = sk.activations(model) - sk.activations(model, "6(55%)+11")
     assert row.activations_saved == 4 * 2 * fewer
     assert by_config[":cls"].overhead is None and base.ideal_speedup == 1
-    assert {row.mode for row in rows} == {"forward", "training step"}
-    assert (row.batch_size, row.image_size, row.device, row.dtype) == (2, 64, "cpu", "float32")
+    assert {row.job.mode for row in rows} == {"forward", "training step"}
+    ran = row.record()
+    assert [ran[name] for name in ("batch_size", "image_size", "device", "dtype")] == [
+        *(2, 64, "cpu", "float32"),
+    ]
 
 
 def test_training_memory_falls_by_the_activations_of_the_skipped_tokens():
@@ -102,7 +107,7 @@ def test_what_the_autograd_graph_holds_is_what_is_counted():
 def test_a_given_model_is_used_and_left_as_it_is():
     model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=4).train()
     state, names = copy.deepcopy(model.state_dict()), dir(model)
-    found: list[Row] = []
+    found: list[Measurement] = []
     calls: list[int] = []
     small = job(model="mine", configs=("2(50%)+4:cls",), control=True)
     bench.run(small, found, model=model, on_call=lambda: calls.append(1))
@@ -127,12 +132,12 @@ def test_each_variant_runs_as_the_job_says(training, monkeypatch):
 
     monkeypatch.setattr(clock, "training_step" if training else "forward_step", step)
     monkeypatch.setattr(torch, "compile", lambda variant: compiled.append(variant) or variant)
-    found: list[Row] = []
+    found: list[Measurement] = []
     bench.run(job(configs=("6(55%)+11:warmup=15",), training=training, bfloat16=True,
                   compiled=True, memory=False, check=False), found)  # fmt: skip
     assert ran == [(dropping, training, 2, torch.bfloat16) for dropping in (False, True, True)]
     assert len(compiled) == 3
-    assert {(row.dtype, row.compiled) for row in found} == {("bfloat16", True)}
+    assert {(row.job.dtype, row.job.compiled) for row in found} == {("bfloat16", True)}
     model = timm.create_model("deit_tiny_patch16_224", img_size=64)
     fewer = sk.activations(model) - sk.activations(model, "6(55%)+11")
     assert found[1].activations_saved == (2 * 2 * fewer if training else None)
@@ -159,15 +164,15 @@ def test_memory_is_refused_from_the_byte_on_that_is_missing(training, monkeypatc
     needed = 4 * 2 * sk.activations(model)
     weights = sum(parameter.numel() for parameter in model.parameters())
     needed = needed + 4 * weights if training else needed // 12
-    monkeypatch.setattr(bench, "free_memory", lambda device: needed)
+    monkeypatch.setattr(machine, "free_memory", lambda device: needed)
     bench.check_memory(job(training=training), model)
-    monkeypatch.setattr(bench, "free_memory", lambda device: needed - 1)
+    monkeypatch.setattr(machine, "free_memory", lambda device: needed - 1)
     with pytest.raises(TooLittleMemory, match=r"deit_tiny_patch16_224, .* needs about"):
         bench.check_memory(job(training=training), model)
 
 
 def test_an_interrupted_run_keeps_the_finished_rounds():
-    found: list[Row] = []
+    found: list[Measurement] = []
     calls: list[int] = []
 
     def interrupt():
@@ -185,16 +190,16 @@ def test_an_interrupted_run_keeps_the_finished_rounds():
 def test_what_fails_its_check_is_not_timed(monkeypatch):
     model = timm.create_model("deit_tiny_patch16_224", img_size=64)
     model.blocks[5].attn.forward = lambda x, attn_mask=None, is_causal=False: 2 * x
-    found: list[Row] = []
+    found: list[Measurement] = []
     with pytest.raises(RuntimeError, match=r"with 6\(0%\)\+11 must agree with the unpatched"):
         bench.run(job(), found, model=model)
     assert not found
 
 
 def test_a_job_that_does_not_fit_is_left_out_and_the_rest_goes_on(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "free_memory", lambda device: 30 * 2**20)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 30 * 2**20)
     jobs = [job(batch_size=10_000, training=False), job(configs=(":cls",), training=False)]
-    rows = report.measure(jobs, report=tmp_path / "out", command="skipvit bench ...")
+    rows = report.run_jobs(jobs, report=tmp_path / "out", command="skipvit bench ...")
     assert [row.config for row in rows] == ["unpatched", ":cls"]
     printed = capsys.readouterr().out
     assert "batch 10000, 64 px, cpu needs about" in " ".join(printed.split())
@@ -254,27 +259,6 @@ def test_unknown_models_are_refused_with_a_guess():
         bench.run(job(model="resnet18", image_size=None), [])
     with pytest.raises(ValueError, match="resnet18 cannot be built at 64 px"):
         bench.run(job(model="resnet18"), [])
-
-
-def test_layers_scale_with_the_depth():
-    assert bench.scaled("6(55%)+11", 24) == "11(55%)+21"
-    assert bench.scaled("4,7(30%,30%)+10:mean,cls", 24) == "7,13(30%,30%)+19:mean,cls"
-    assert bench.scaled("6(45%)+fused", 6) == "3(45%)+fused"
-    for config in bench.TABLE_1:
-        assert bench.scaled(config, 12) == config
-
-
-def test_usual_settings_are_those_that_the_model_can_have():
-    model = timm.create_model("deit_tiny_patch16_224", depth=24)
-    configs, notes = bench.usual(model)
-    assert configs == (
-        *(":cls", "11(55%)+21:cls", "7,13(30%,30%)+19:cls", "11(45%)+fused:cls"),
-    ) and not notes  # fmt: skip
-    pooled = timm.create_model("deit_tiny_patch16_224", depth=2, global_pool="avg")
-    configs, notes = bench.usual(pooled)
-    assert configs == ("1(55%)+2", "1(45%)+fused")
-    assert "lossless last block is not possible: cls_only_last_block needs a head" in notes[0]
-    assert "4,7(30%,30%)+10 is not possible here: " in notes[1]
 
 
 # ----------------------------------------------------------------------------- measure
@@ -340,50 +324,51 @@ def test_the_page_has_every_number(rows, tmp_path):
     for name in ("speedup", "memory", "blocks"):
         assert f"({name}.png)" in text and (tmp_path / f"{name}.png").stat().st_size > 10_000
     loaded = json.loads((tmp_path / "results.json").read_text())
-    assert [{**r, "seconds": tuple(r["seconds"])} for r in loaded] == [
-        dataclasses.asdict(row) for row in rows
-    ]
+    assert loaded == [row.record() | {"seconds": row.seconds} for row in rows]
     with (tmp_path / "results.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [r["config"] for r in read] == [row.config for row in rows]
     assert float(read[7]["speedup"]) == pytest.approx(rows[7].speedup, rel=1e-4)
-    assert [*read[0], "seconds"] == [field.name for field in dataclasses.fields(Row)]
+    written = Path(__file__).parents[2] / "docs" / "results" / "models_cpu" / "results.csv"
+    assert ",".join(read[0]) == written.read_text().splitlines()[0]  # what reads them reads both
 
 
-def fast_row(**values):
-    return Row(**{**dict(
-        model="deit", mode="training step", batch_size=2, image_size=64, device="cpu",
-        dtype="float32", compiled=False, cuda_graph=False, config="6(55%)+11",
-        images_per_second=12.34, speedup=1.2, paired_speedup=1.21, ideal_speedup=1.27,
-        floor_speedup=1.25, paired_floor_speedup=1.24, overhead=0.04, paired_overhead=0.05,
-        peak_memory=3 * 2**20, resident_memory=None, memory_saved=2**20, activations_saved=2**19,
-        threads=1, load=0.0, seconds=(0.1,)), **values})  # fmt: skip
+SIZES = sk.ViTShape(depth=12, num_patches=16, embed_dim=192)
 
 
-SLOW_ROW = fast_row(
-    config="unpatched", images_per_second=10.0, speedup=1.0, paired_speedup=1.0, ideal_speedup=1.0,
-    floor_speedup=None, paired_floor_speedup=None, overhead=None, paired_overhead=None,
-    peak_memory=4 * 2**20, memory_saved=0, activations_saved=0,
-)  # fmt: skip
+def known_rows():
+    """Unpatched, patched, sliced; no two of the ratios are the same."""
+    seconds = {
+        "unpatched": [0.24, 0.30, 0.33],
+        "6(55%)+11": [0.20, 0.24, 0.22],
+        "sliced 6(55%)+11": [0.22, 0.16, 0.21],
+    }
+    job = Job("deit", ("6(55%)+11",), batch_size=2, training=True, image_size=64)
+    peaks = {"unpatched": 40 * 2**20, "6(55%)+11": 30 * 2**20}
+    about = (SIZES, clock.Times(seconds, seconds), peaks, {}, 1, 0.0)
+    return [Measurement(job, name, *about) for name in job.variants]
 
 
 def test_each_cell_holds_the_figure_of_its_column():
-    assert dict(zip(report.COLUMNS, report.cells(fast_row(), brackets=True), strict=True)) == {
+    unpatched, patched, sliced = known_rows()
+    assert dict(zip(report.COLUMNS, report.cells(patched, brackets=True), strict=True)) == {
         "setting": "6(55%)+11",
-        "images/s": "12.3",
-        "speed-up": "1.210 (1.200)",
-        "sliced": "1.240 (1.250)",
-        "ideal": "1.270",
-        "routing overhead": "+5.0% (+4.0%)",
-        "peak memory": "3 MiB",
+        "images/s": "10.0",
+        "speed-up": "1.250 (1.200)",  # the medians of 24 / 20, 30 / 24, 33 / 22,
+        "sliced": "1.571 (1.500)",  # of 24 / 22, 30 / 16, 33 / 21
+        "ideal": f"{sk.ideal_speedup(SIZES, '6(55%)+11'):.3f}",
+        "routing overhead": "+4.8% (+25.0%)",  # and of 20 / 22, 24 / 16, 22 / 21
+        "peak memory": "30 MiB",
     }
-    assert report.cells(fast_row(), brackets=False)[2::3] == ["1.210", "+5.0%"]
-    assert report.cells(SLOW_ROW, brackets=True) == ["unpatched", "10.0", "1", "", "1", "", "4 MiB"]
+    assert report.cells(patched, brackets=False)[2::3] == ["1.250", "+4.8%"]
+    assert report.cells(unpatched, brackets=True) == [
+        *("unpatched", "8.3", "1", "", "1", "", "40 MiB"),
+    ]
+    assert patched.memory_saved == 10 * 2**20 and sliced.memory_saved is None
 
 
 def test_the_charts_draw_the_rows():
-    sliced = fast_row(config="sliced 6(55%)+11", peak_memory=None, memory_saved=None)
-    rows = [SLOW_ROW, fast_row(), sliced]
+    rows = known_rows()
 
     def drawn(figure):
         (axes,) = figure.axes
@@ -392,8 +377,11 @@ def test_the_charts_draw_the_rows():
         return names, [bar.get_width() for bar in axes.patches], marks
 
     speed, memory = report.speedup_chart(rows), report.memory_chart(rows)
-    assert drawn(speed) == (["6(55%)+11"], [1.21], [[1.27], [1.24]])  # the ideal, the floor
-    assert drawn(memory) == (["unpatched", "6(55%)+11"], [4, 3], [[4, 3.5]])
+    ideal = sk.ideal_speedup(SIZES, "6(55%)+11")
+    fewer = 4 * 2 * (sk.activations(SIZES) - sk.activations(SIZES, "6(55%)+11")) / 2**20
+    assert fewer > 0.5  # MiB, of 40
+    assert drawn(speed) == (["6(55%)+11"], [1.25], [[ideal], [0.33 / 0.21]])
+    assert drawn(memory) == (["unpatched", "6(55%)+11"], [40, 30], [[40, 40 - fewer]])
 
 
 def test_charts_need_something_to_draw(rows):
@@ -408,20 +396,13 @@ def fake_run(speedups, control=1.0, rounds=8, seconds=0.001):
     """bench.run with given speed-ups by configuration: (patched, sliced)."""
 
     def run(job, rows, *, model=None, on_call=None):
-        for name in job.variants:
-            config = job.floors.get(name, name)
+        speeds = {"unpatched": 1.0, bench.CONTROL: control}
+        for config in job.configs:
             patched, floor = speedups.get(config, (1.0, 1.0))
-            speed = {"unpatched": 1.0, bench.CONTROL: control}.get(
-                name, floor if name in job.floors else patched
-            )
-            text = config if config in job.configs else ""
-            plain = config in ("unpatched", bench.CONTROL, ":cls")
-            rows.append(
-                Row(job.model, "forward", job.batch_size, 224, "cpu", "float32", False, False, name,
-                    1.0, speed, speed, sk.ideal_speedup(model, text), None if plain else floor,
-                    None if plain else floor, floor / speed - 1, floor / speed - 1, None, None,
-                    None, None, 1, 0.0, (seconds,) * rounds)
-            )  # fmt: skip
+            speeds |= {config: patched, f"sliced {config}": floor}
+        times = {name: [seconds / speeds[name]] * rounds for name in job.variants}
+        about = (sk.ViTShape.of(model), clock.Times(times, times), {}, {}, 1, 0.0)
+        rows += [Measurement(job, name, *about) for name in job.variants]
 
     return run
 
@@ -462,7 +443,7 @@ def test_advice_where_nothing_pays_says_what_limits(model, monkeypatch):
 
 
 def test_advice_does_not_trust_noise(model, monkeypatch):
-    times = {config: (1.1, 1.1) for config in bench.usual(model)[0]}
+    times = {config: (1.1, 1.1) for config in usual(model)[0]}
     monkeypatch.setattr(bench, "run", fake_run(times, control=0.92))
     advice = advise(model, 8)
     assert advice.recommended is None and advice.noise == pytest.approx(0.08)
@@ -503,7 +484,7 @@ def test_advice_for_a_patched_model_leaves_it_patched(model, monkeypatch):
 
 
 def test_advice_names_arithmetic_that_allows_nothing(model, monkeypatch):
-    monkeypatch.setattr(bench, "usual", lambda model: (("11(5%)+12",), []))
+    monkeypatch.setattr(advising, "usual", lambda model: (("11(5%)+12",), []))
     monkeypatch.setattr(bench, "run", fake_run({}))
     assert "the arithmetic allows no more" in advise(model, 8).findings[0].reason
 
@@ -511,7 +492,7 @@ def test_advice_names_arithmetic_that_allows_nothing(model, monkeypatch):
 def test_advice_on_this_machine_in_little_time():
     model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=4).eval()
     advice = advise(model, 2, image_size=96, seconds=6)
-    assert {finding.config for finding in advice.findings} == set(bench.usual(model)[0])
+    assert {finding.config for finding in advice.findings} == set(usual(model)[0])
     assert "training step, batch " in advice.workload and "96 px" in advice.workload
     assert model.patch_embed.img_size == (64, 64) and not model.training
 
@@ -551,7 +532,7 @@ def test_an_interrupted_bench_command_keeps_what_it_has(monkeypatch, capsys, tmp
             raise KeyboardInterrupt
         run(job, rows, **options)
 
-    monkeypatch.setattr(report, "run", interrupted)
+    monkeypatch.setattr(bench, "run", interrupted)
     arguments = ["bench", "deit_tiny_patch16_224", "--image-size", "64", "--batch-size", "2",
                  "--rounds", "1", "--config", ":cls", "--report", str(tmp_path)]  # fmt: skip
     assert cli.main(arguments) == 130
@@ -591,7 +572,7 @@ def test_a_missing_package_names_the_extra(command, package, extra, monkeypatch,
         return real(name, *args, **kwargs)
 
     monkeypatch.delitem(sys.modules, "skipvit_kernels.lab.report")
-    monkeypatch.delattr(sk, "report")
+    monkeypatch.delattr(lab, "report")
     monkeypatch.setattr(builtins, "__import__", without)
     assert cli.main([command, "deit_tiny_patch16_224"]) == 1
     assert capsys.readouterr().err == (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import skipvit_kernels as sk
-from skipvit_kernels import cli
+from skipvit_kernels import cli, lab
 from skipvit_kernels.lab import clock, demo
 
 
@@ -139,7 +139,7 @@ def test_a_missing_extra_is_named_in_one_line(package, monkeypatch, capsys):
         return real(name, *args, **kwargs)
 
     monkeypatch.delitem(sys.modules, "skipvit_kernels.lab.demo")
-    monkeypatch.delattr(sk, "demo")
+    monkeypatch.delattr(lab, "demo")
     monkeypatch.setattr(builtins, "__import__", without)
     assert cli.main(["demo"]) == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -7,7 +7,7 @@ import pytest
 
 import skipvit_kernels as sk
 from skipvit_kernels import backends, cli, ops
-from skipvit_kernels.lab import info
+from skipvit_kernels.lab import info, machine
 
 
 def run_without(module, code):
@@ -39,7 +39,7 @@ def test_kernels_without_a_device_are_called_idle(monkeypatch):
 @pytest.mark.skipif(backends.cpu.unavailable_reason() is not None, reason="no C++ kernels here")
 def test_no_operator_falls_back_where_the_cpu_kernels_load():
     assert {kernel.runs for kernel in info.kernels() if kernel.key == "CPU"} == {"C++"}
-    assert backends.cpu.build_info()["isa"] in info.versions()["C++ kernels"]
+    assert backends.cpu.build_info()["isa"] in machine.versions()["C++ kernels"]
 
 
 def test_a_missing_library_is_reported():

@@ -1,0 +1,60 @@
+"""Configurations worth a look: the paper's, and those that a given model can have."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from skipvit_kernels.skipping.config import SkipConfig
+from skipvit_kernels.skipping.cost import ViTShape
+from skipvit_kernels.skipping.patch import patch, unpatch
+
+# SkipViT's Table 1, for 12 blocks.
+TABLE_1 = (
+    *("6(45%)+fused", "4,7(30%,30%)+10", "4,7(30%,30%)+11", "5,8(35%,35%)+10"),
+    *("5,8(35%,35%)+11", "6(45%)+11", "6(50%)+11", "6(55%)+11"),
+)
+
+
+def scaled(config: str, depth: int) -> str:
+    """A configuration for 12 blocks at the same twelfths of another depth: ViT-L's 24, say."""
+    parsed = SkipConfig.parse(config)
+
+    def layer(at: int) -> int:
+        return (at - 1) * depth // 12 + 1
+
+    rejoin = parsed.rejoin_at
+    return str(
+        dataclasses.replace(
+            parsed,
+            drop_at=tuple(map(layer, parsed.drop_at)),
+            rejoin_at=None if rejoin is None else layer(rejoin),
+        )
+    )
+
+
+def usual(model: Any) -> tuple[tuple[str, ...], list[str]]:
+    """What is worth a first look on this model, and why the rest is not possible on it.
+
+    The lossless last block; and with it the paper's fastest skip, its two stages, and EViT's fused
+    token, at the same twelfths of the depth. Each is tried on the model, which is left as it is.
+
+    Raises:
+        ValueError: where the model cannot be patched at all.
+    """
+    unpatch(patch(model, ""))
+    configs, notes, cls = [], [], ":cls"
+    try:
+        unpatch(patch(model, cls))
+        configs.append(cls)
+    except ValueError as error:
+        cls = ""
+        notes.append(f"The lossless last block is not possible: {error}.")
+    for config in ("6(55%)+11", "4,7(30%,30%)+10", "6(45%)+fused"):
+        try:
+            text = scaled(config, ViTShape.of(model).depth) + cls
+            unpatch(patch(model, text))
+            configs.append(text)
+        except ValueError as error:
+            notes.append(f"{config} is not possible here: {error}.")
+    return tuple(configs), notes
