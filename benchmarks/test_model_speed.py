@@ -5,10 +5,11 @@
     pytest benchmarks/test_model_speed.py --models-report DIR                # one page with charts
     pytest benchmarks/test_model_speed.py -k "vit_large"
 
-A job is a model, a batch, inference or training; its variants are timed A B C A B C ... in one
-process, after `verify` has held every configuration against the unpatched model. Each variant is a
-test, so that pytest-benchmark can save and compare it: it shows those very times, nothing is timed
-again. For one model of your own: `skipvit bench`.
+A job is a model, a batch, inference or training, and a test. Its variants are timed A B C A B C ...
+in one process, after `verify` has held every configuration against the unpatched model. What
+pytest-benchmark shows is the time of the whole job; each variant's figures stand in the tables at
+the end, and in the `extra_info` that pytest-benchmark saves. For one model of your own:
+`skipvit bench`.
 
 Ctrl-C keeps what was measured. A job that does not fit the memory is skipped with the reason.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipvit_kernels.lab import bench, info
+from skipvit_kernels.lab import bench
 from skipvit_kernels.lab.bench import Job
 from skipvit_kernels.skipping.presets import TABLE_1, scaled
 
@@ -62,62 +63,20 @@ def cuda_jobs() -> Iterator[Job]:
 JOBS = {"cpu": cpu_jobs, "cuda": cuda_jobs}
 
 
-class Clock:
-    """Shows times that were measured before."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-    def advance(self, times: Iterator[float]) -> None:
-        self.seconds += next(times)
-
-
-CLOCK = Clock()
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    device = metafunc.config.getoption("--device")
-    metafunc.parametrize(
-        ("job", "variant"),
-        [
-            pytest.param(job, variant, id=f"{job}: {variant}".replace(", ", "-").replace(" ", "_"))
-            for job in JOBS[device]()
-            for variant in job.variants
-        ],
-    )
+    jobs = list(JOBS[metafunc.config.getoption("--device")]())
+    ids = [str(job).replace(", ", "-").replace(" ", "_") for job in jobs]
+    metafunc.parametrize("job", jobs, ids=ids)
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict[Job, dict[str, bench.Measurement] | str]:
-    """Per job, its rows by variant, or why there are none."""
-    return {}
-
-
-@pytest.mark.benchmark(timer=CLOCK)
-def test_model(
-    benchmark: Any,
-    model_rows: list[bench.Measurement],
-    measured: dict[Job, dict[str, bench.Measurement] | str],
-    job: Job,
-    variant: str,
-) -> None:
-    # A number of the plain PyTorch behind the kernels would pass for one of the kernels.
-    assert not info.missing_kernels(job.device), info.missing_kernels(job.device)
-    if job not in measured:
-        before = len(model_rows)
-        try:
-            bench.run(job, model_rows)
-            measured[job] = {row.config: row for row in model_rows[before:]}
-        except bench.TooLittleMemory as error:
-            measured[job] = str(error)
-    rows = measured[job]
-    if isinstance(rows, str):
-        pytest.skip(rows)
-    row = rows[variant]
-    benchmark.group = str(job)
-    benchmark.extra_info.update(row.record(), torch=torch.__version__)
-    times = iter(row.seconds)
-    benchmark.pedantic(CLOCK.advance, args=(times,), rounds=len(row.seconds), iterations=1)
+def test_model(benchmark: Any, model_rows: list[bench.Measurement], job: Job) -> None:
+    before = len(model_rows)
+    try:
+        benchmark.pedantic(bench.run, args=(job, model_rows), rounds=1, iterations=1)
+    except bench.TooLittleMemory as error:
+        pytest.skip(str(error))
+    except KeyboardInterrupt:  # pytest-benchmark cannot save what has no rounds
+        benchmark.has_error = True
+        raise
+    measured = {row.config: row.record() for row in model_rows[before:]}
+    benchmark.extra_info.update(measured, torch=torch.__version__)
