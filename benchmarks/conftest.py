@@ -15,7 +15,7 @@ import devices
 import pytest
 from rich.console import Console
 
-from skipvit_kernels.lab import bench, machine, report
+from skipvit_kernels.lab import bench, info, machine, report
 
 COLUMNS = (
     *("operator", "shape", "dtype", "threads", "ours_us", "naive_us", "best_us", "compiled_us"),
@@ -138,9 +138,14 @@ MODEL_ROWS = pytest.StashKey[list[bench.Measurement]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    reason = devices.absent_reason(config.getoption("--device"))
+    device = config.getoption("--device")
+    reason = devices.absent_reason(device)
     if reason is not None:
         raise pytest.UsageError(reason)
+    # Each benchmark would skip or fail by this, and a number of the plain PyTorch behind the
+    # kernels would pass for one of theirs. --benchmark-disable checks the kernels: it needs them.
+    if missing := info.missing_kernels(device):
+        raise pytest.UsageError(f"no kernels to measure: {'; '.join(sorted(missing))}")
     if config.getoption("--turns") is not None and config.getoption("--turns") < 1:
         raise pytest.UsageError(f"--turns must be at least 1, got {config.getoption('--turns')}")
     config.stash[RESULTS] = Results(config.getoption("--summary-csv"))

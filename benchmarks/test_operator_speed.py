@@ -146,11 +146,7 @@ class Workplace:
 
 @pytest.fixture(scope="session")
 def workplace(request: Any) -> Workplace:
-    device = make_device(request.config)
-    reason = device.backend.unavailable_reason()
-    if reason is not None:
-        pytest.skip(reason)
-    return Workplace(device)
+    return Workplace(make_device(request.config))
 
 
 def provider_call(case: Case, module: Any, provider: str) -> Callable[..., Any]:

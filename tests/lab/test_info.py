@@ -1,7 +1,11 @@
 """skipvit info, and the command line that prints it."""
 
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +48,7 @@ def test_no_operator_falls_back_where_the_cpu_kernels_load():
 
 def test_a_missing_library_is_reported():
     code = (
-        "from skipvit_kernels.lab import info\n"
+        "from skipvit_kernels.lab import info, machine\n"
         "cpu = [k for k in info.kernels() if k.key == 'CPU']\n"
         "print({k.runs for k in cpu}, *{k.reason for k in cpu}, sep='|')\n"
         "print(info.text())"
@@ -55,6 +59,49 @@ def test_a_missing_library_is_reported():
     assert "skipvit_kernels._C" in reason
     assert f"CPU: plain PyTorch, because {reason}" in text
     assert not any(line.startswith("C++ kernels") for line in text)
+
+
+def test_sources_that_were_not_built_are_called_so(tmp_path):
+    root, checkout, site = Path(__file__).parents[2], tmp_path / "checkout", tmp_path / "site"
+    for folder in ("skipvit_kernels", "benchmarks", "csrc"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(root / folder, checkout / folder, ignore=ignored)
+    shutil.copy(root / "setup.py", checkout)
+    # The finder of an editable install would give its library to these sources too.
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+    )
+
+    def run(*command):
+        return subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    done = run("skipvit_kernels", "info")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("CPU: "))
+    imported = f"the sources in {checkout}/skipvit_kernels, where skipvit_kernels._C was not built"
+    build = f"`SKIPVIT_BUILD_CPP=1 pip install --no-build-isolation -e .` in {checkout}"
+    assert imported in line and line.endswith(build)
+
+    library = site / "skipvit_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library.parent.mkdir()
+    library.touch()
+    done = run("pytest", "benchmarks/", "--benchmark-only", "-p", "no:cacheprovider")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and not done.stdout
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("ERROR: no kernels to measure: Python imported") and imported in line
+    assert f"an installed copy has it ({library})" in line and line.endswith(build)
+    assert "run `pytest` or `skipvit` instead of `python -m`" in line
+
+    (checkout / "setup.py").unlink()  # then it is an installed copy
+    assert "installed without its C++ kernels" in run("skipvit_kernels", "info").stdout
 
 
 @pytest.mark.parametrize("module", ["timm", "rich"])
