@@ -27,7 +27,7 @@ MAY = {
     "skipping.sequence": ("skipping.config", "skipping.families", "skipping.run"),
     "skipping": ("ops", "skipping"),
     "lab": ("", "ops", "backends", "skipping"),
-    "cli": ("", "lab"),
+    "cli": ("", "lab", "skipping"),
     "__main__": ("cli",),
     "": ("backends", "ops", "skipping", "lab.advise"),  # the last when it is asked for
 }

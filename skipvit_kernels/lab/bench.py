@@ -16,9 +16,12 @@ import torch
 from torch import nn
 
 from skipvit_kernels.lab import clock, machine
+from skipvit_kernels.skipping import families
 from skipvit_kernels.skipping.config import SkipConfig
 from skipvit_kernels.skipping.cost import ViTShape, activations, ideal_speedup
-from skipvit_kernels.skipping.patch import patch, verify
+from skipvit_kernels.skipping.floor import sliced, twin
+from skipvit_kernels.skipping.patch import patch
+from skipvit_kernels.skipping.verify import verify
 
 CONTROL = "unpatched again"
 # The columns of a report: what a `Job` says, and what a `Measurement` does.
@@ -276,14 +279,14 @@ def run(
     variants: dict[str, nn.Module] = {}
     for name in job.variants:
         if name in job.floors:
-            variants[name] = clock.sliced(model, job.floors[name])
+            variants[name] = sliced(model, job.floors[name])
         else:
-            variants[name] = clock.twin(model)
+            variants[name] = twin(model)
         if name in job.configs:
             patch(variants[name], name, warmup_epochs=0)
     check_memory(job, model)
     if job.check:
-        image = torch.randn(1, *_image_shape(model), device=job.device)
+        image = torch.randn(1, *families.of(model).image_shape(model), device=job.device)
         for config in job.configs:
             verify(model, config, images=image)
     load = os.getloadavg()[0]
@@ -312,7 +315,7 @@ def run(
     finally:
         times = times.whole_rounds()
         if times.seconds["unpatched"]:
-            ran = dataclasses.replace(job, image_size=_image_shape(model)[1])
+            ran = dataclasses.replace(job, image_size=families.of(model).image_shape(model)[1])
             about = (ViTShape.of(model), times, peaks, residents, torch.get_num_threads(), load)
             rows += [Measurement(ran, name, *about) for name in job.variants]
 
@@ -321,18 +324,13 @@ def _call(job: Job, model: Any, variant: nn.Module) -> Callable[[], None]:
     """One inference or training step of a variant on random images, as a call to time."""
     if job.compiled:
         variant = torch.compile(variant)  # type: ignore[assignment]
-    images = torch.randn(job.batch_size, *_image_shape(model), device=job.device)
+    images = torch.randn(job.batch_size, *families.of(model).image_shape(model), device=job.device)
     autocast = torch.bfloat16 if job.bfloat16 else None
     if not job.training:
         step = clock.forward_step(variant, images, autocast=autocast)
         return clock.cuda_graph(step) if job.cuda_graph else step
     labels = torch.zeros(job.batch_size, dtype=torch.int64, device=job.device)
     return clock.training_step(variant, images, labels, autocast=autocast)
-
-
-def _image_shape(model: Any) -> tuple[int, int, int]:
-    """Channels, height, width."""
-    return (model.patch_embed.proj.weight.shape[1], *model.patch_embed.img_size)
 
 
 def _activation_bytes(job: Job, shape: ViTShape, config: str = "") -> int:
@@ -363,14 +361,14 @@ def block_seconds(job: Job, *, rounds: int = 10, warmup: int = 2) -> dict[str, l
     Of the unpatched model and the first three configurations.
     """
     model = build(job).eval()
-    images = torch.randn(job.batch_size, *_image_shape(model), device=job.device)
-    variants = {"unpatched": clock.twin(model)}
+    images = torch.randn(job.batch_size, *families.of(model).image_shape(model), device=job.device)
+    variants = {"unpatched": twin(model)}
     for config in job.configs[:3]:
-        variants[config] = patch(clock.twin(model), config, warmup_epochs=0)
+        variants[config] = patch(twin(model), config, warmup_epochs=0)
     best: dict[str, list[float]] = {}
     for turn in range(-warmup, rounds):
         for name, variant in variants.items():
-            seconds = clock.layer_seconds(variant, images)
+            seconds = clock.layer_seconds(variant, families.of(variant).blocks(variant), images)
             if turn >= 0:
                 best[name] = list(map(min, seconds, best.get(name, seconds)))
     return best

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from skipvit_kernels.lab import clock, info
 from skipvit_kernels.skipping.config import SkipConfig
 from skipvit_kernels.skipping.cost import ideal_speedup
+from skipvit_kernels.skipping.floor import sliced
 from skipvit_kernels.skipping.patch import patch, record_skips
 
 SETTINGS = {"baseline": "", "skip": "6(55%)+11", "fused": "6(45%)+fused"}
@@ -244,7 +245,7 @@ def _measure(models: dict[str, nn.Module], digits: Digits) -> tuple[list[Outcome
     accuracy = {name: _accuracy(model, digits) for name, model in models.items()}
     copies = {name: copy.deepcopy(model) for name, model in models.items()}
     copies |= {
-        f"sliced {name}": clock.sliced(copy.deepcopy(models[name]), config)
+        f"sliced {name}": sliced(copy.deepcopy(models[name]), config)
         for name, config in SETTINGS.items()
         if config
     }

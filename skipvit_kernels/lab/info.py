@@ -6,15 +6,10 @@ import dataclasses
 
 import torch
 
-from skipvit_kernels import backends, ops
+from skipvit_kernels.backends import BACKENDS, Backend
 from skipvit_kernels.lab import machine
+from skipvit_kernels.ops import OPERATORS
 
-# torch's dispatch key: the module of `backends` that registers under it, and what it brings.
-_BACKENDS = {
-    "CPU": ("cpu", "C++"),
-    "CUDA": ("triton", "Triton"),
-    "PrivateUse1": ("npu", "AscendC"),
-}
 FALLBACK = "PyTorch"
 
 
@@ -23,7 +18,7 @@ class Kernel:
     """What runs when an operator is called on tensors of one device.
 
     Attributes:
-        operator: a name of `ops.SCHEMAS`.
+        operator: a name of `ops.OPERATORS`.
         key: torch's dispatch key: CPU, CUDA (NVIDIA and AMD) or PrivateUse1 (Ascend).
         runs: "C++", "Triton", "AscendC", or "PyTorch" where the reference stands in.
         reason: why the reference stands in, or why the kernel has nothing to run on here; None
@@ -38,36 +33,32 @@ class Kernel:
 
 def kernels() -> list[Kernel]:
     """One `Kernel` for each operator and dispatch key, as torch's dispatcher has them now."""
-    return [_kernel(operator, key) for operator in ops.SCHEMAS for key in _BACKENDS]
+    return [_kernel(operator, backend) for operator in OPERATORS for backend in BACKENDS]
 
 
-def _kernel(operator: str, key: str) -> Kernel:
-    module_name, language = _BACKENDS[key]
-    backend = getattr(backends, module_name, None)
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"skipvit::{operator}", key):
-        return Kernel(operator, key, language, backend.unavailable_reason() if backend else None)
-    if backend is None:
-        reason = f"this version has no {language} kernels"
-    else:
-        reason = backend.unavailable_reason() or f"the {language} kernels do not include it"
-    return Kernel(operator, key, FALLBACK, reason)
+def _kernel(operator: str, backend: Backend) -> Kernel:
+    reason = backend.module.unavailable_reason()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"skipvit::{operator}", backend.key):
+        return Kernel(operator, backend.key, backend.language, reason)
+    reason = reason or f"the {backend.language} kernels do not include it"
+    return Kernel(operator, backend.key, FALLBACK, reason)
 
 
 def missing_kernels(device: str) -> set[str]:
     """Why plain PyTorch would run in place of the device's kernels: empty where they run."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    (key,) = (backend.key for backend in BACKENDS if backend.device == device)
     return {kernel.reason for kernel in kernels() if kernel.key == key and kernel.reason}
 
 
 def text() -> str:
     """The kernels and the machine, as `skipvit info` prints them."""
     table = {(kernel.operator, kernel.key): kernel for kernel in kernels()}
-    width = max(map(len, ops.SCHEMAS)) + 2
-    lines = ["operator".ljust(width) + "".join(key.ljust(13) for key in _BACKENDS)]
-    for operator in ops.SCHEMAS:
+    width = max(map(len, OPERATORS)) + 2
+    lines = ["operator".ljust(width) + "".join(backend.key.ljust(13) for backend in BACKENDS)]
+    for operator in OPERATORS:
         lines.append(
             operator.ljust(width)
-            + "".join(table[operator, key].runs.ljust(13) for key in _BACKENDS)
+            + "".join(table[operator, backend.key].runs.ljust(13) for backend in BACKENDS)
         )
     lines.append("")
     missing: dict[tuple[str, str, str], list[str]] = {}
@@ -76,7 +67,7 @@ def text() -> str:
             why = kernel.key, kernel.runs, kernel.reason
             missing.setdefault(why, []).append(kernel.operator)
     for (key, runs, reason), operators in missing.items():
-        which = "" if len(operators) == len(ops.SCHEMAS) else f" for {', '.join(operators)}"
+        which = "" if len(operators) == len(OPERATORS) else f" for {', '.join(operators)}"
         stands = "plain PyTorch" if runs == FALLBACK else f"the {runs} kernels are idle"
         lines.append(f"{key}: {stands}{which}, because {reason}")
     lines.append("")

@@ -49,7 +49,7 @@ def _new(kind: Any) -> Any:
 
 def make_cls_only(model: Any) -> None:
     """Turn a model into its CLS-only class, in place; `undo` turns it back."""
-    model.__class__ = _cls_only(type(model))
+    model.__class__ = _cls_only(type(model))  # type: ignore[arg-type]
 
 
 def undo(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from skipvit_kernels.skipping.config import SkipConfig
 from skipvit_kernels.skipping.cost import ViTShape
-from skipvit_kernels.skipping.patch import patch, unpatch
+from skipvit_kernels.skipping.patch import check
 
 # SkipViT's Table 1, for 12 blocks.
 TABLE_1 = (
@@ -37,15 +37,15 @@ def usual(model: Any) -> tuple[tuple[str, ...], list[str]]:
     """What is worth a first look on this model, and why the rest is not possible on it.
 
     The lossless last block; and with it the paper's fastest skip, its two stages, and EViT's fused
-    token, at the same twelfths of the depth. Each is tried on the model, which is left as it is.
+    token, at the same twelfths of the depth.
 
     Raises:
         ValueError: where the model cannot be patched at all.
     """
-    unpatch(patch(model, ""))
+    check(model, SkipConfig())
     configs, notes, cls = [], [], ":cls"
     try:
-        unpatch(patch(model, cls))
+        check(model, SkipConfig.parse(cls))
         configs.append(cls)
     except ValueError as error:
         cls = ""
@@ -53,7 +53,7 @@ def usual(model: Any) -> tuple[tuple[str, ...], list[str]]:
     for config in ("6(55%)+11", "4,7(30%,30%)+10", "6(45%)+fused"):
         try:
             text = scaled(config, ViTShape.of(model).depth) + cls
-            unpatch(patch(model, text))
+            check(model, SkipConfig.parse(text))
             configs.append(text)
         except ValueError as error:
             notes.append(f"{config} is not possible here: {error}.")

@@ -19,6 +19,7 @@ from skipvit_kernels.lab import advise as advising
 from skipvit_kernels.lab import bench, clock, machine, report
 from skipvit_kernels.lab.advise import advise
 from skipvit_kernels.lab.bench import Job, Measurement, TooLittleMemory
+from skipvit_kernels.skipping import floor
 from skipvit_kernels.skipping.presets import usual
 
 CONFIGS = ("6(55%)+11", ":cls", "6(45%)+fused:cls")
@@ -73,7 +74,7 @@ def test_training_memory_falls_by_the_activations_of_the_skipped_tokens():
     model = timm.create_model("vit_small_patch16_224", depth=6).train()
     images, labels = torch.randn(8, 3, 224, 224), torch.zeros(8, dtype=torch.int64)
     steps = {
-        config: clock.training_step(sk.patch(clock.twin(model), config), images, labels)
+        config: clock.training_step(sk.patch(floor.twin(model), config), images, labels)
         for config in ("", "3(55%)+6", "3(55%)+6:cls", "3(45%)+fused")
     }
     peaks = {config: clock.peak_memory(step) for config, step in steps.items()}
@@ -86,7 +87,7 @@ def test_what_the_autograd_graph_holds_is_what_is_counted():
     """Every tensor that the blocks save, once each, but for weights and some numbers a row."""
     model = timm.create_model("deit_tiny_patch16_224", depth=3).train()
     for config in ("", "1(55%)+3", ":cls"):
-        twin = sk.patch(clock.twin(model), config)
+        twin = sk.patch(floor.twin(model), config)
         tokens = torch.randn(2, 197, 192, requires_grad=True)
         held = {tokens.data_ptr(): tokens.numel()}
         weights = {p.data_ptr() for p in model.parameters()}
@@ -146,7 +147,8 @@ def test_each_variant_runs_as_the_job_says(training, monkeypatch):
 def test_block_seconds_are_the_shortest_of_each(monkeypatch):
     count, dropping = itertools.count(), []
 
-    def seconds(variant, images):
+    def seconds(variant, blocks, images):
+        assert blocks is variant.blocks
         dropping.append(getattr(variant.blocks, "dropping", False))
         call = next(count)
         return [call, 10 - call]
@@ -266,7 +268,7 @@ def test_unknown_models_are_refused_with_a_guess():
 
 def test_twins_share_weights_and_nothing_else():
     model = timm.create_model("deit_tiny_patch16_224", depth=2)
-    twin = clock.twin(model)
+    twin = floor.twin(model)
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
     assert all(mine is theirs for mine, theirs in pairs)
     sk.patch(twin, "1(50%)+2")
@@ -298,7 +300,7 @@ def test_layer_seconds_tell_the_slow_block():
     for config in ("", "2(50%)+4:cls"):
         patched = sk.patch(copy.deepcopy(model), config)
         hooks = [len(module._forward_pre_hooks) for module in patched.modules()]
-        seconds = clock.layer_seconds(patched, torch.randn(1, 3, 32, 32))
+        seconds = clock.layer_seconds(patched, patched.blocks, torch.randn(1, 3, 32, 32))
         assert len(seconds) == 4 and max(seconds) == seconds[2] > 0.05
         assert [len(module._forward_pre_hooks) for module in patched.modules()] == hooks
 

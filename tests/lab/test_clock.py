@@ -1,4 +1,4 @@
-"""The sliced floor, interleaved timing and peak memory."""
+"""Interleaved timing and peak memory."""
 
 import gc
 
@@ -6,11 +6,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-import skipvit_kernels as sk
 from skipvit_kernels.lab import clock
-from skipvit_kernels.skipping import run
-
-CONFIGS = ("6(55%)+11", "6(55%)+11:mean", "4,7(30%,30%)+10", "6(45%)+fused", "5(40%)", "")
+from skipvit_kernels.skipping.floor import sliced
 
 
 @pytest.fixture(autouse=True)
@@ -27,62 +24,6 @@ def make_model():
     return VisionTransformer(
         img_size=32, patch_size=4, num_classes=10, embed_dim=32, depth=12, num_heads=2
     )
-
-
-def tokens_seen(model):
-    """Per block what its attention and its MLP work on in one forward."""
-    seen = {}
-    handles = [
-        part.register_forward_pre_hook(
-            lambda _, args, at=(number, name): seen.__setitem__(at, args[0].shape[1])
-        )
-        for number, block in enumerate(model.blocks._modules.values())
-        for name, part in (("attention", block.norm1), ("mlp", block.norm2))
-    ]
-    model(torch.randn(2, 3, 32, 32))
-    for handle in handles:
-        handle.remove()
-    return [(seen[number, "attention"], seen[number, "mlp"]) for number in range(12)]
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_the_floor_works_on_the_tokens_that_the_config_counts(config):
-    counted = [tuple(count) for count in sk.SkipConfig.parse(config).token_counts(12, 64)]
-    assert tokens_seen(clock.sliced(make_model(), config)) == counted
-
-
-@pytest.mark.parametrize("config", ["6(55%)+11", "4,7(30%,30%)+10", "5(40%)"])
-def test_the_floor_is_the_patched_model_that_chose_the_first_patches(config, monkeypatch):
-    def first_patches(q, k, *, scale, num_prefix_tokens):
-        patches = k.shape[2] - num_prefix_tokens
-        return torch.arange(patches, 0.0, -1.0).expand(k.shape[0], -1)
-
-    monkeypatch.setattr(run, "cls_scores", first_patches)
-    model = make_model()
-    floor, patched = clock.sliced(model, config), sk.patch(model, config)
-    images = torch.randn(3, 3, 32, 32)
-    ours, expected = floor(images), patched(images)
-    torch.testing.assert_close(ours, expected)
-    ours.square().sum().backward()
-    expected.square().sum().backward()
-    for ours, expected in zip(floor.parameters(), patched.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, expected.grad)
-
-
-def test_the_floor_of_a_patched_model_in_warm_up_drops_all_the_same():
-    model = sk.patch(make_model(), "6(45%)+fused", warmup_epochs=3)
-    floor = clock.sliced(model, sk.SkipConfig.parse("6(55%)+11:warmup=15"))
-    assert tokens_seen(floor)[6] == (30, 30)
-    assert tokens_seen(model) == [(65, 65)] * 12
-    assert model.blocks.config == sk.SkipConfig.parse("6(45%)+fused:warmup=3")
-
-
-def test_the_floor_can_be_moved_and_is_never_left_out_by_checkpointing():
-    floor = clock.sliced(make_model(), "6(55%)+11").double()
-    assert floor(torch.randn(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
-    floor.set_grad_checkpointing()
-    with pytest.raises(RuntimeError, match="layer 6 drops tokens"):
-        floor(torch.randn(1, 3, 32, 32, dtype=torch.float64))
 
 
 def test_training_step_trains_and_holds_no_gradients():
@@ -156,7 +97,7 @@ def test_peak_memory_of_a_training_step_follows_the_tokens():
     plain = make_model()
     steps = [
         clock.training_step(model, images, labels)
-        for model in (plain, clock.sliced(plain, "6(55%)+11"), clock.sliced(plain, "2(55%)"))
+        for model in (plain, sliced(plain, "6(55%)+11"), sliced(plain, "2(55%)"))
     ]
     some, fewer, least = (clock.peak_memory(step) for step in steps)
     assert clock.peak_memory(steps[0]) == some

@@ -27,7 +27,7 @@ def run_without(module, code):
 def test_every_operator_and_key_is_listed_with_a_kernel_or_a_reason():
     found = info.kernels()
     assert [(kernel.operator, kernel.key) for kernel in found] == [
-        (operator, key) for operator in ops.SCHEMAS for key in ("CPU", "CUDA", "PrivateUse1")
+        (operator, key) for operator in ops.OPERATORS for key in ("CPU", "CUDA", "PrivateUse1")
     ]
     for kernel in found:
         assert kernel.reason or kernel.runs != info.FALLBACK
@@ -112,16 +112,18 @@ def test_info_needs_neither_timm_nor_rich(module):
 
 def test_text_names_a_single_missing_operator(monkeypatch):
     def found():
-        kernels = [info.Kernel(name, "CPU", "C++", None) for name in ops.SCHEMAS]
-        kernels += [info.Kernel(name, "CUDA", "Triton", None) for name in ops.SCHEMAS]
-        kernels += [info.Kernel(name, "PrivateUse1", "AscendC", None) for name in ops.SCHEMAS]
-        kernels[0] = info.Kernel("cls_scores", "CPU", "PyTorch", "of this test")
+        kernels = [info.Kernel(name, "CPU", "C++", None) for name in ops.OPERATORS]
+        kernels += [info.Kernel(name, "CUDA", "Triton", None) for name in ops.OPERATORS]
+        kernels += [info.Kernel(name, "PrivateUse1", "AscendC", None) for name in ops.OPERATORS]
+        first = next(iter(ops.OPERATORS))
+        kernels[0] = info.Kernel(first, "CPU", "PyTorch", "of this test")
         return kernels
 
     monkeypatch.setattr(info, "kernels", found)
     lines = info.text().splitlines()
-    assert "CPU: plain PyTorch for cls_scores, because of this test" in lines
-    assert lines[1].split() == ["cls_scores", "PyTorch", "Triton", "AscendC"]
+    first = next(iter(ops.OPERATORS))
+    assert f"CPU: plain PyTorch for {first}, because of this test" in lines
+    assert lines[1].split() == [first, "PyTorch", "Triton", "AscendC"]
 
 
 def test_command_line(capsys):
