@@ -17,7 +17,7 @@ REQUIRED = frozenset(filter(None, os.environ.get("SKIPVIT_REQUIRE", "").split(",
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# (backend, operator) -> how often the suite launched it, for the summary at the end.
+# (backend, operator) -> how often the suite took its launcher, for the summary at the end.
 launches: collections.Counter[tuple[str, str]] = collections.Counter()
 
 
@@ -39,13 +39,18 @@ class Backend:
         step = max(1, self.row_bytes // dtype.itemsize)
         return -(-wanted // step) * step
 
-    def launcher(self, operator: str) -> Callable[..., Any]:
+    def require(self) -> Any:
+        """The module; where it cannot run, a skipped test, or a failed one if it is required."""
         module = importlib.import_module(self.module)
         missing = self.lacks(module)
         if missing:
             if self.name in REQUIRED:
                 pytest.fail(f"backend {self.name} is required and cannot run: {missing}")
             pytest.skip(f"backend {self.name} cannot run: {missing}")
+        return module
+
+    def launcher(self, operator: str) -> Callable[..., Any]:
+        module = self.require()
         launches[self.name, operator] += 1
         if self.name == "triton" and INTERPRETING:
             importlib.import_module("triton_interpreted").install()

@@ -42,4 +42,4 @@ def pytest_terminal_summary(terminalreporter):
     if backend_matrix.launches:
         terminalreporter.section("kernels exercised by the operator suite")
         for (backend, operator), count in sorted(backend_matrix.launches.items()):
-            terminalreporter.line(f"{backend:8} {operator:28} {count:5} tests")
+            terminalreporter.line(f"{backend:8} {operator:28} {count:6} times")
