@@ -21,6 +21,7 @@ import os
 import random
 import signal
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -790,7 +791,9 @@ def main() -> None:
         try:
             run(Cell.named(line), backend)
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
+            # The comparison and the line of it: an assertion has often nothing else to say.
+            lines = [frame.line for frame in traceback.extract_tb(error.__traceback__)[-2:]]
+            failure = f"{type(error).__name__}: {error} [{' > '.join(map(str, lines))}]"
         signal.alarm(0)
         launched = [operator for _, operator in launches.elements()]
         launches.clear()
