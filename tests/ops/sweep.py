@@ -744,7 +744,7 @@ PARTS: dict[str, tuple[Callable[[Backend], Iterator[Cell]], dict[str, int]]] = {
     "layouts": (layouts, {"triton": 150}),
     "values": (values, {"triton": 80}),
     "indices": (indices, {"triton": 300}),
-    "random": (random_cells, {"cpu": 10_000, "triton": 300, "npu-model": 3_000}),
+    "random": (random_cells, {"cpu": 10_000, "triton": 200, "npu-model": 3_000}),
     "arguments": (arguments, {"triton": 0, "npu-model": 0}),
 }
 
