@@ -366,7 +366,9 @@ Call gather_topk_fuse_backward(const View& grad, const View& x, const View& scor
 }
 
 bool reads_in_place(const View& k) {
-  const int64_t size = size_of(k.dtype), width = k.sizes[3], row = k.strides[2];
+  const int64_t size = size_of(k.dtype), width = k.sizes[3];
+  // torch calls a dimension of one entry contiguous whatever its stride.
+  const int64_t row = k.sizes[2] > 1 ? k.strides[2] : width;
   const int64_t gap = (row - width) * size;  // between two keys
   return k.strides[3] == 1 && k.strides[0] >= 0 && k.strides[1] >= 0 && gap >= 0 &&
          gap % kBlockBytes == 0 && gap / kBlockBytes <= UINT16_MAX;
@@ -389,10 +391,6 @@ Call cls_scores(const View& q, const View& k, double scale, int64_t num_prefix, 
   if (num_prefix < 0 || num_prefix > num_tokens) {
     bad_value("num_prefix_tokens must be in [0, ", num_tokens, "], got ", num_prefix);
   }
-  if (!reads_in_place(k)) {
-    bad_value("k must have keys that are dense and whole blocks of 32 bytes apart", kChip,
-              ": make it contiguous");
-  }
   const int64_t patches = num_tokens - num_prefix,
                 stride = static_cast<int64_t>(round_up(num_tokens, 8));
   Call call;
@@ -401,6 +399,11 @@ Call cls_scores(const View& q, const View& k, double scale, int64_t num_prefix, 
     run_in_order(call, {});
     return call;
   }
+  if (!reads_in_place(k)) {
+    bad_value("k must have keys that are dense and whole blocks of 32 bytes apart", kChip,
+              ": make it contiguous");
+  }
+  const int64_t row = num_tokens > 1 ? k.strides[2] : width;
   call.workspace_bytes = batch * heads * stride * 4;
   const Tiling t = tile_cls_softmax(batch, heads, num_tokens, width, size_of(k.dtype), cores);
   require_fit(t, k);
@@ -411,8 +414,8 @@ Call cls_scores(const View& q, const View& k, double scale, int64_t num_prefix, 
                      return aclrtlaunch_skipvit_cls_softmax(
                          t.cores, stream, query, keys, workspace, t.total, t.per_core,
                          static_cast<uint64_t>(strides[0]), static_cast<uint64_t>(strides[1]),
-                         u32(strides[2]), dtype, u32(heads), u32(num_tokens), u32(width),
-                         t.tile_rows, static_cast<float>(scale));
+                         u32(row), dtype, u32(heads), u32(num_tokens), u32(width), t.tile_rows,
+                         static_cast<float>(scale));
                    }});
   steps.push_back(
       {m.ub_bytes, [=](const std::vector<void*>& outputs, void* workspace, void* stream) {

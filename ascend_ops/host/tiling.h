@@ -97,7 +97,7 @@ inline Tiling tile_sum_rows(uint64_t batch, uint64_t tokens, uint64_t moved, uin
   Tiling t = split(batch * ((channels + block - 1) / block), 1, cores);
   t.block_channels = static_cast<uint32_t>(block);
   const uint64_t fixed = head_mean_bytes(patches, score_size, 2) + index_row_bytes(moved) +
-                         table_bytes(tokens) + block * element_size +
+                         table_bytes(std::max<uint64_t>(1, tokens)) + block * element_size +
                          2 * round_up(block * 4, kBlockBytes) + table_bytes(kMaxTileRows);
   fit_tile(t, fixed, block * element_size, 2 * block * element_size);
   t.ub_bytes += table_bytes(t.tile_rows) - table_bytes(kMaxTileRows);

@@ -53,7 +53,9 @@ class SumRows {
       mean_.Init(pipe, a.scores, a.heads, a.num_tokens - a.prefix);
     }
     index_.Init(pipe, a.index, a.num_moved > 0 ? a.num_moved : 1);
-    pipe->InitBuffer(named_, RoundUp(a.num_tokens * sizeof(int32_t), kBlockBytes));
+    // A buffer of no bytes is none: where there are no rows the sum is 0 all the same.
+    const uint32_t named = a.num_tokens > 0 ? a.num_tokens : 1;
+    pipe->InitBuffer(named_, RoundUp(named * sizeof(int32_t), kBlockBytes));
     pipe->InitBuffer(rows_, RoundUp(a.tile_rows * sizeof(int32_t), kBlockBytes));
     pipe->InitBuffer(in_, 2, a.tile_rows * a.block_channels * sizeof(T));
     pipe->InitBuffer(done_, 1, a.block_channels * sizeof(T));

@@ -166,7 +166,7 @@ def cls_scores(
 ) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     gap = (k.stride(2) - k.shape[3]) * k.element_size()  # as ascend_ops/host: reads_in_place
-    if k.stride(3) != 1 or gap < 0 or gap % 32:
+    if k.stride(3) != 1 or (k.shape[2] > 1 and (gap < 0 or gap % 32)):
         k = k.contiguous()
     return run("cls_scores", {"q": q.contiguous(), "k": k}, (scale, num_prefix_tokens))[0]
 

@@ -716,7 +716,6 @@ def arguments(backend: Backend) -> Iterator[Cell]:
 
 def served(cell: Cell, backend: Backend) -> bool:
     """False for the cells that a backend is known not to serve, each for a reason of its own."""
-    num_tokens = cell.P + cell.n
     if cell.operator == "cls_scores" and cell.C == 0 and backend.row_bytes == 1:
         return cell.route == "public"  # where it is refused; of a launcher nothing is said
     if backend.name == "triton" and INTERPRETING:
@@ -726,14 +725,6 @@ def served(cell: Cell, backend: Backend) -> bool:
         special = not moves and cell.values != "random"
         special |= takes_scores(cell.operator) and cell.scores in ("subnormal", "denormal")
         return "bfloat16" not in dtypes or not (special or "float64" in dtypes)
-    if backend.name == "npu-model" and cell.operator == "cls_scores":
-        # torch calls keys contiguous whatever the strides between none or one; the kernel does not.
-        return cell.layout == "contiguous" or (cell.B > 0 and num_tokens > 1)
-    if backend.name == "npu-model" and cell.operator in (
-        "gather_topk_fuse",
-        "scatter_back_backward+update",
-    ):
-        return cell.B == 0 or num_tokens > 0  # a sum of no rows is refused as a fault of its tiling
     return True
 
 

@@ -643,7 +643,10 @@ def test_skip_block_refuses_settings_that_contradict():
         (dict(drop_ratio=0.5, method="merge"), 'method must be "fuse" or "skip", got \'merge\''),
         (dict(drop_ratio=0.5, method="fuse"), 'rejoin must be False with method "fuse"'),
         (dict(drop_ratio=0.5, rejoin=False, rejoin_update="mean"), "needs a rejoin, got False"),
-        (dict(drop_ratio=0.5, num_prefix_tokens=-1), "num_prefix_tokens must be at least 0"),
+        (
+            dict(drop_ratio=0.5, num_prefix_tokens=-1, scorer="norm"),
+            "num_prefix_tokens must be at least 0",
+        ),
         (
             dict(drop_ratio=0.5, num_prefix_tokens=0, scorer="cls"),
             'num_prefix_tokens must be at least 1 with scorer "cls", got 0',
