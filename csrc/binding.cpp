@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -29,9 +28,9 @@ const Kernels& kernels() { return *cpu_kernels().table; }
 
 // Raises ValueError. (std::invalid_argument arrives as RuntimeError from torch 2.15 on; this
 // arrives as it is in 2.11, 2.13 and 2.15.) Only outside of parallel_for, where torch replaces the
-// message.
+// message. Cold: with the messages inlined into them the operators took 0.05 us longer.
 template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
+[[noreturn]] __attribute__((cold, noinline)) void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw pybind11::value_error(message.str());
@@ -62,9 +61,8 @@ DType dtype_of(const char* name, const Tensor& t) {
   }
 }
 
-// How many elements `size` times `count` are; a size of 0 counts as 1. Refuses more than a tensor
-// of any machine has, which expanded or empty ones can: no product of sizes and bytes overflows
-// then.
+// count * size, a size of 0 as 1. Refuses what only expanded and empty tensors can have: below it
+// no product of sizes and bytes overflows.
 int64_t times(const char* name, int64_t count, int64_t size) {
   constexpr int64_t kMost = int64_t{1} << 55;
   if (__builtin_mul_overflow(count, std::max<int64_t>(1, size), &count) || count > kMost) {
@@ -73,7 +71,7 @@ int64_t times(const char* name, int64_t count, int64_t size) {
   return count;
 }
 
-// The data of an empty tensor is null, which must not be offset nor given to memset.
+// An empty tensor's is null, which must not be offset nor given to memset.
 void* data_of(const char* name, const Tensor& t) {
   alignas(64) static char nothing[64];
   void* data = t.data_ptr();
@@ -103,7 +101,7 @@ View view_of(const char* name, const Tensor& t, DType dtype, std::initializer_li
   view.data = data_of(name, t);
   view.dtype = dtype;
   view.element_size = static_cast<int64_t>(t.element_size());
-  if (reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(view.element_size) != 0) {
+  if ((reinterpret_cast<intptr_t>(view.data) & (view.element_size - 1)) != 0) {
     fail(name, " must be aligned to its elements of ", view.element_size, " bytes");
   }
   return view;
@@ -261,7 +259,7 @@ const int32_t* checked_inverse(const View& index, int64_t num_tokens) {
 
 // ------------------------------------------------------------------------------- operators
 
-Tensor cls_scores(const Tensor& q, const Tensor& k, std::optional<double> scale, int64_t num_prefix_tokens) {
+Tensor cls_scores(const Tensor& q, const Tensor& k, double scale, int64_t num_prefix_tokens) {
   const View keys = float_view("k", k, {-1, -1, -1, -1});
   const int64_t batch = keys.size[0], heads = keys.size[1], tokens = keys.size[2];
   const View query = same_dtype_view("q", q, keys, {batch, heads, keys.size[3]});
@@ -270,18 +268,18 @@ Tensor cls_scores(const Tensor& q, const Tensor& k, std::optional<double> scale,
   }
   check_count("num_prefix_tokens", num_prefix_tokens, tokens);
   Tensor out = empty({batch, tokens - num_prefix_tokens}, aoti_torch_dtype_float32());
-  const bool wide = keys.dtype == DType::kFloat64;
-  const int64_t logit_bytes = wide ? 8 : 4;
-  const int64_t num_logits = batch * heads * tokens;
   if (num_prefix_tokens == tokens) {  // a softmax needs a token
     return out;
   }
+  const bool wide = keys.dtype == DType::kFloat64;
+  const int64_t logit_bytes = wide ? 8 : 4;
+  const int64_t num_logits = batch * heads * tokens;
   void* logits = caller_scratch<Byte16>((num_logits * logit_bytes + 15) / 16);
   float* result = static_cast<float*>(out.data_ptr());
   const int64_t blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
   const int64_t block_bytes = kTokenBlock * heads * keys.size[3] * keys.element_size;
   for_items(batch * blocks, block_bytes, [&](int64_t begin, int64_t end) {
-    kernels().cls_logits(query, keys, scale.value_or(std::pow(static_cast<double>(keys.size[3]),-0.5)), logits, begin, end);
+    kernels().cls_logits(query, keys, scale, logits, begin, end);
   });
   // An exponential costs about as much as moving 32 bytes.
   for_items(batch, heads * tokens * 32, [&](int64_t begin, int64_t end) {

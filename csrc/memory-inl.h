@@ -128,14 +128,15 @@ inline void copy_row(void* out, const void* in, int64_t stride, int64_t n, int64
 
 // The rows of a tensor (B, rows, C) from the item-th on, without a division or product a row.
 struct RowWalk {
+  int64_t rows;
   char* address;
-  int64_t image, left, rows, row_bytes, gap;
+  int64_t image, left, row_bytes, gap;
 
-  RowWalk(const Rows& of, int64_t rows, int64_t item)
-      : address(of(item / rows, item % rows)),
+  RowWalk(const Rows& of, int64_t num_rows, int64_t item)
+      : rows(num_rows > 0 ? num_rows : 1),  // a walk over no rows starts too, and goes nowhere
+        address(of(item / rows, item % rows)),
         image(item / rows),
         left(rows - item % rows),
-        rows(rows),
         row_bytes(of.row_bytes),
         gap(of.image_bytes - rows * of.row_bytes) {}
   void next() {

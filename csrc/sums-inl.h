@@ -245,8 +245,9 @@ SKIPVIT_FLATTEN void scatter_back_backward_of(const View& grad, const int32_t* i
   const int64_t num_tokens = grad.size[1];
   for (int64_t item = begin; item < end; ++item) {
     const Columns c = columns_of(item, blocks, grad.size[2]);
-    A* sum = accumulate_scratch.get<A>(c.count);
-    std::memset(sum, 0, c.count * sizeof(A));
+    const int64_t summed = grad_update == nullptr ? 0 : c.count;
+    A* sum = accumulate_scratch.get<A>(summed);
+    std::memset(sum, 0, summed * sizeof(A));
     for (int64_t row = 0; row < num_tokens; ++row) {
       const T* from = at<T>(grad, c.image, row, c.first);
       T* to = at<T>(grad_x, c.image, row, c.first);
