@@ -13,12 +13,12 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h ascend_ops/*.cpp ascend_ops/*.h ascend_ops/*/*.cpp \
   ascend_ops/*/*.h tests/ascend/*.cpp tests/ascend/*.h)
 
-.PHONY: demo test test-cpu test-interpreter test-gpu lint bench bench-gpu clean
+.PHONY: demo test test-cpu test-interpreter test-sanitizers test-gpu lint bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/skipvit demo
 
-test: lint test-cpu test-interpreter
+test: lint test-cpu test-interpreter test-sanitizers
 
 # The shared operator suite once more for each instruction set: a machine runs one of them only.
 test-cpu: $(INSTALLED)
@@ -33,6 +33,27 @@ test-interpreter: $(INSTALLED)
 	TRITON_INTERPRET=1 PYTHONPATH=tests SKIPVIT_REQUIRE=triton $(BIN)/pytest \
 	  tests/ops/test_operators.py tests/backends/test_triton_interpreter.py \
 	  -k "(triton and not same_bits_every and not torch.float16) or test_triton_interpreter"
+
+# The CPU operators in a copy of the package with the kernels under ASan and UBSan: a byte read past
+# a tensor, or undefined behaviour, ends the run. --capture=sys leaves their report on the terminal;
+# without libstdc++ loaded before Python, ASan ends the run at the first exception.
+SANITIZED := $(CURDIR)/build/sanitized
+test-sanitizers: $(INSTALLED)
+	rm -rf $(SANITIZED)/lib
+	mkdir -p $(SANITIZED)/lib
+	cp -r skipvit_kernels $(SANITIZED)/lib
+	rm -f $(SANITIZED)/lib/skipvit_kernels/*.so
+	export PATH="$(abspath $(BIN)):$$PATH" && cmake -G Ninja -S . -B $(SANITIZED)/cmake \
+	  -DSKIPVIT_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(SANITIZED)/lib/skipvit_kernels && \
+	  cmake --build $(SANITIZED)/cmake
+	for isa in "" $$($(BIN)/python tests/other_isas.py); do \
+	  SKIPVIT_CPU_ISA=$$isa SKIPVIT_REQUIRE=cpu PYTHONPATH=$(SANITIZED)/lib \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/pytest -q --capture=sys tests/ops/test_operators.py $(wildcard tests/ops/test_sweep.py) \
+	    -k cpu || exit; \
+	done
 
 # On a machine with a GPU. cuBLAS needs the variable under the determinism that poisons outputs.
 test-gpu: $(INSTALLED)
