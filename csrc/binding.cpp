@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -259,7 +260,8 @@ const int32_t* checked_inverse(const View& index, int64_t num_tokens) {
 
 // ------------------------------------------------------------------------------- operators
 
-Tensor cls_scores(const Tensor& q, const Tensor& k, double scale, int64_t num_prefix_tokens) {
+Tensor cls_scores(const Tensor& q, const Tensor& k, std::optional<double> given_scale,
+                  int64_t num_prefix_tokens) {
   const View keys = float_view("k", k, {-1, -1, -1, -1});
   const int64_t batch = keys.size[0], heads = keys.size[1], tokens = keys.size[2];
   const View query = same_dtype_view("q", q, keys, {batch, heads, keys.size[3]});
@@ -268,6 +270,7 @@ Tensor cls_scores(const Tensor& q, const Tensor& k, double scale, int64_t num_pr
   }
   check_count("num_prefix_tokens", num_prefix_tokens, tokens);
   Tensor out = empty({batch, tokens - num_prefix_tokens}, aoti_torch_dtype_float32());
+  const double scale = given_scale.value_or(std::pow(keys.size[3], -0.5));
   if (num_prefix_tokens == tokens) {  // a softmax needs a token
     return out;
   }
