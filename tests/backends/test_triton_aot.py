@@ -20,7 +20,7 @@ from triton import knobs
 from triton_offline import MAX_SHARED, SHAPES, TARGETS
 
 from skipvit_kernels.backends import triton as kernels
-from skipvit_kernels.backends.triton import rows, scores, topk
+from skipvit_kernels.backends.triton import launch, rows, scores, topk
 
 # Kernels that move rows of x, and so must move 16 bytes at a time.
 MOVERS = (
@@ -154,8 +154,8 @@ def test_cpu_tensors_are_refused():
 
 
 @pytest.mark.parametrize("operator", CALLS)
-def test_a_launch_past_triton_passes_what_triton_passes(operator):
-    """The first launch of a kernel is Triton's own, the second goes to the driver directly."""
+def test_a_launch_from_the_cache_passes_what_triton_passes(operator):
+    """The first launch of a kernel is Triton's own, the second one the compiled kernel's."""
     call, _ = CALLS[operator]
     inputs = triton_offline.vit_inputs(64, 197, 384, 6, torch.bfloat16)
     with triton_offline.offline("sm_90") as driver:
@@ -172,8 +172,54 @@ def test_a_launch_past_triton_passes_what_triton_passes(operator):
                 assert got == want
 
 
+def test_a_kernel_compiled_for_one_type_is_not_launched_on_another():
+    """True == 1 and 2 == 2.0, and they hash alike."""
+    x, scores_, _, _, _, q, k = triton_offline.vit_inputs(64, 50, 32, 1, torch.float32)
+    with triton_offline.offline("sm_90"):
+        kernels.gather_topk(x, scores_, True)
+        kernels.gather_topk(x, scores_, 1)
+        kernels.cls_scores(q, k, scale=2)
+        kernels.cls_scores(q, k, scale=2.0)
+        found = triton_offline.compiled(scores, topk)
+    signatures = [kernel.src.signature for kernel in found["_select_kernel"]]
+    assert [signature["num_keep"] for signature in signatures] == ["u1", "i32"]
+    (cls_scores,) = found["_cls_scores_kernel"]
+    assert cls_scores.src.signature["scale"] == "fp32"
+
+
+def test_on_amd_a_batch_beyond_2_gb_has_a_kernel_of_its_own():
+    """Below, Triton addresses a tensor by 32 bits, and the batch is no argument of a kernel."""
+    x, index = torch.empty(1, 4, 1024), torch.zeros(1, 4, dtype=torch.int64)
+    with triton_offline.offline("gfx942"):
+        for batch in (2, 2**17 + 1):  # the output is 2 GiB, reserved and never touched
+            kernels.gather_rows(x.expand(batch, 4, 1024), index.expand(batch, 4))
+        found = triton_offline.compiled(rows)["_gather_rows_kernel"]
+    out = [["tt.pointer_range", 32] in kernel.src.attrs[(2,)] for kernel in found]
+    assert out == [True, False]
+
+
+def test_the_cache_of_launches_is_bounded(monkeypatch):
+    monkeypatch.setattr(launch, "MAX_COMPILED", 5)
+    with triton_offline.offline("sm_90") as driver:
+        for num_rows in range(1, 14):
+            kernels.gather_rows(torch.empty(2, 9, 8), torch.zeros(2, num_rows, dtype=torch.int64))
+            assert 1 <= len(launch._compiled) <= 5
+    assert len(driver.launches) == 13
+
+
+def test_arguments_that_are_not_the_kernels_are_named():
+    x, index = torch.empty(1, 6, 32), torch.zeros(1, 2, dtype=torch.int64)
+    with triton_offline.offline("sm_90"):
+        with pytest.raises(
+            TypeError, match=r"_gather_rows_kernel takes \['x_ptr', .* got \['index"
+        ):
+            launch.launch(rows._gather_rows_kernel, 1, x, index_ptr=index, x_ptr=x)
+        with pytest.raises(ValueError, match=r"num_tokens must be at most 2147482624, got 2147483"):
+            kernels.gather_rows(x[:, :1].expand(1, 2**31 - 1, 32), index)
+
+
 def test_a_profiler_sees_every_launch():
-    """Triton's launch hooks are called although launches go past them where there are none."""
+    """Triton's launch hooks are called, however the kernel came."""
     seen = []
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     x, index = torch.empty(1, 6, 32), torch.zeros(1, 2, dtype=torch.int64)

@@ -169,6 +169,51 @@ def test_offsets_beyond_2_31_elements():
         assert torch.allclose(got, reference.cls_scores(q, plain[:, None], num_prefix_tokens=0))
 
 
+# --------------------------------------------------------------- an index that is not valid
+
+
+def on_index(index, x, tokens, grad, update, scores):
+    """What every operator that is given an index makes of it."""
+    return {
+        "gather_rows_backward": [kernels.gather_rows_backward(tokens, index, x.shape[1])],
+        "scatter_back": [kernels.scatter_back(x, tokens, index)],
+        "scatter_back, update": [kernels.scatter_back(x, tokens, index, update=update)],
+        "scatter_back_backward": kernels.scatter_back_backward(x, index, False)[::2],
+        "scatter_back_backward, update": kernels.scatter_back_backward(x, index, True)[::2],
+        "gather_topk_fuse_backward": kernels.gather_topk_fuse_backward(grad, x, scores, index),
+    }
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("entries", "count_as"),
+    [
+        # Names no row, though the lower 32 bits do.
+        *[([0, 5, far + 3, 7], [0, 1, 3]) for far in (2**32, -(2**32), 2**62, -(2**63))],
+        ([-1, 9, 4, 10, -9], [2]),
+        ([9], []),
+        ([2, 4, 2, 4, 2], [3, 4]),  # the last of repeated ones
+        ([8] * 20, [19]),  # more rows than x has, and than one tile
+    ],
+    ids=str,
+)
+def test_an_index_that_is_not_valid(entries, count_as):
+    """It writes what the entries `count_as` alone would; each entry in range reads its row."""
+    index = torch.tensor([entries])
+    x, tokens = torch.randn(1, 9, 5), torch.randn(1, len(entries), 5)
+    grad, update, scores = torch.randn(1, len(entries) + 1, 5), torch.randn(1, 5), torch.rand(1, 8)
+    got = on_index(index, x, tokens, grad, update, scores)
+    rows = [*count_as, len(entries)]  # of grad also the fused one
+    expected = on_index(index[:, count_as], x, tokens[:, count_as], grad[:, rows], update, scores)
+    for name, results in expected.items():
+        for result, want in zip(got[name], results, strict=True):
+            assert torch.equal(result, want), name
+    read = torch.stack([x[0, e] if 0 <= e < 9 else torch.zeros(5) for e in entries])[None]
+    assert torch.equal(kernels.gather_rows(x, index), read)
+    for has_update in (False, True):
+        assert torch.equal(kernels.scatter_back_backward(x, index, has_update)[1], read)
+
+
 # -------------------------------------------------- under torch's dispatcher, as on a GPU
 
 

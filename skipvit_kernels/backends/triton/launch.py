@@ -1,4 +1,9 @@
-"""What the kernels share: tile sizes from the shape alone, and the launch."""
+"""What the kernels share: how they address tensors, tile sizes from the shape alone, the launch.
+
+Names in the kernels: `b_` a block of values, `o_` offsets along an axis, `m_` masks, `_ptr` and
+`_ptrs` addresses; a scalar has no prefix. Results are contiguous, every other tensor comes with the
+tuple of its strides, which Triton specialises one by one as it does an integer (`== 1`, `% 16`).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
-
-_runtime = triton.knobs.runtime
 
 # Whether the kernels run in Triton's interpreter: decided, as now, where @triton.jit runs.
 INTERPRETING = triton.knobs.runtime.interpret
@@ -19,6 +21,46 @@ INTERPRETING = triton.knobs.runtime.interpret
 CPU_TENSORS = INTERPRETING
 # Threads of a warp; 1,024 is the most that a program may have, on NVIDIA and AMD.
 WARP_SIZE = 64 if torch.version.hip else 32
+# Positions in an image are int32, up to a block of 1,024 beyond the last one.
+MAX_SIZE = 2**31 - 1024
+# Launches that the cache remembers, about 1 KB each; beyond, it starts again.
+MAX_COMPILED = 4096
+
+
+@triton.jit
+def ptrs_at(ptr, offsets, strides):  # type: ignore[no-untyped-def]
+    """ptr + offset * stride of every axis, in int64 whatever the offsets are.
+
+    Axis by axis: the sum of all first takes up to 15 registers more.
+    """
+    tl.static_assert(len(offsets) == len(strides))
+    for axis in tl.static_range(len(strides)):
+        ptr += offsets[axis].to(tl.int64) * strides[axis]
+    return ptr
+
+
+@triton.jit
+def image_and_tile(tiles_per_image):  # type: ignore[no-untyped-def]
+    """The image and the tile in it that this program works on."""
+    pid = tl.program_id(0)
+    o_b = pid // tiles_per_image
+    return o_b.to(tl.int64), pid - o_b * tiles_per_image
+
+
+@triton.jit
+def image_row_column(  # type: ignore[no-untyped-def]
+    num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The image, and the first row and column of the tile in it that this program works on."""
+    column_tiles = tl.cdiv(num_columns, COLUMNS)
+    o_b, tile = image_and_tile(tl.cdiv(num_rows, ROWS) * column_tiles)
+    return o_b, tile // column_tiles * ROWS, tile % column_tiles * COLUMNS
+
+
+@triton.constexpr_function
+def sum_dtype(*pointers):  # type: ignore[no-untyped-def]
+    """float32, or float64 where an input has it."""
+    return tl.float64 if tl.float64 in [p.dtype.element_ty for p in pointers] else tl.float32
 
 
 @functools.cache
@@ -56,19 +98,13 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# (kernel's id, device, threads, scalars, dtype and alignment of each pointer) -> compiled kernel
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(
-    kernel: Any,
-    programs: int,
-    out: Tensor,
-    pointers: tuple[Tensor | None, ...],
-    scalars: tuple[Any, ...],
-    threads: int = 128,
+    kernel: Any, programs: int, out: Tensor, *, threads: int = 128, **arguments: Any
 ) -> None:
-    """Run kernel(*pointers, *scalars) on out's device, over a grid of `programs`.
+    """Run a kernel on out's device, over a grid of `programs`; `arguments` in the kernel's order.
 
     One-dimensional, because that dimension holds 2**31 - 1 programs where the others end at 65,535.
     """
@@ -78,54 +114,53 @@ def launch(
     if device < 0 and not CPU_TENSORS:
         raise ValueError(f"tensors must be on a CUDA or ROCm GPU, got {out.device}")
     if INTERPRETING:
-        kernel[(programs,)](*pointers, *scalars, num_warps=threads // WARP_SIZE)
+        _check(kernel, arguments)
+        kernel[(programs,)](**arguments, num_warps=threads // WARP_SIZE)
     elif device < 0 or device == torch.cuda.current_device():
-        _launch_compiled(kernel, programs, device, pointers, scalars, threads)
+        _launch_compiled(kernel, programs, device, threads, arguments)
     else:
         with torch.cuda.device(device):
-            _launch_compiled(kernel, programs, device, pointers, scalars, threads)
-
-
-def _has_calls(hook: Any) -> bool:
-    """Whether a profiler listens; also where the hook is not Triton's own list of them."""
-    return bool(getattr(hook, "calls", True))
+            _launch_compiled(kernel, programs, device, threads, arguments)
 
 
 def _launch_compiled(
-    kernel: Any,
-    programs: int,
-    device: int,
-    pointers: tuple[Tensor | None, ...],
-    scalars: tuple[Any, ...],
-    threads: int,
+    kernel: Any, programs: int, device: int, threads: int, arguments: dict[str, Any]
 ) -> None:
-    """What Triton works out anew at every launch depends on this key alone: ask it once per key."""
-    described = [
-        None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in pointers
-    ]
+    """What Triton works out anew at every launch depends on this key alone: ask it once per key.
+
+    The number of programs is in it because of AMD, where Triton asks of each tensor whether it is
+    within 2 GB: that depends on the batch, which is no argument of any kernel.
+    """
     # By id: kernels are never freed, and their own hash takes 0.2 us.
-    key = (id(kernel), device, threads, scalars, *described)
+    described: list[Any] = [id(kernel), programs, device, threads]
+    describe = described.append
+    for value in arguments.values():
+        kind = type(value)
+        if kind is int or kind is tuple:
+            describe(value)
+        elif isinstance(value, Tensor):
+            describe(value.dtype)
+            describe(value.data_ptr() % 16)
+        else:  # with its type, because 1 == True and 2 == 2.0, and they hash alike
+            describe(kind)
+            describe(value)
+    key = tuple(described)
     compiled = _compiled.get(key)
-    if compiled is None:
-        # A limit of their own: without one, ptxas moves some kernels' last registers to memory to
-        # fit one program more. AMD's compiler knows no such option.
-        limit = {"maxnreg": 128} if WARP_SIZE == 32 else {}
-        _compiled[key] = kernel[(programs,)](
-            *pointers, *scalars, num_warps=threads // WARP_SIZE, **limit
-        )
-    elif _has_calls(_runtime.launch_enter_hook) or _has_calls(_runtime.launch_exit_hook):
-        compiled[(programs, 1, 1)](*pointers, *scalars)
-    else:  # what that does, without the lists for hooks: 1 us less
-        stream = driver.active.get_current_stream(device)
-        compiled.run(
-            *(programs, 1, 1, stream, compiled.function, compiled.packed_metadata),
-            *(None, None, None, *pointers, *scalars),
-        )
+    if compiled is not None:
+        compiled[(programs, 1, 1)](*arguments.values())
+        return
+    _check(kernel, arguments)
+    if len(_compiled) >= MAX_COMPILED:
+        _compiled.clear()  # Triton keeps the kernels themselves
+    # A limit of their own: without one, ptxas moves some kernels' last registers to memory to
+    # fit one program more. AMD's compiler knows no such option.
+    limit = {"maxnreg": 128} if WARP_SIZE == 32 else {}
+    _compiled[key] = kernel[(programs,)](**arguments, num_warps=threads // WARP_SIZE, **limit)
 
 
-@triton.jit
-def image_and_tile(tiles_per_image):  # type: ignore[no-untyped-def]
-    """The image and the tile in it that this program works on."""
-    pid = tl.program_id(0)
-    image = pid // tiles_per_image
-    return image.to(tl.int64), pid - image * tiles_per_image
+def _check(kernel: Any, arguments: dict[str, Any]) -> None:
+    if list(arguments) != kernel.arg_names:
+        raise TypeError(f"{kernel.__name__} takes {kernel.arg_names}, got {list(arguments)}")
+    for name, value in arguments.items():
+        if isinstance(value, int) and value > MAX_SIZE:
+            raise ValueError(f"{name} must be at most {MAX_SIZE}, got {value}")

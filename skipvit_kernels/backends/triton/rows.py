@@ -2,7 +2,10 @@
 
 A kernel that fills all N rows of an image starts from the rows it writes, not from the index: each
 program looks its 16 rows up in the index, so that no row is written twice, none is left out and
-nothing has to be cleared first. A row out of range is read as zeros or not written at all.
+nothing has to be cleared first.
+
+An index entry out of [0, N) names no row: what reads by it reads zeros, what writes by it writes
+nothing. Where several entries name one row, each reads it, and the last one is what it becomes.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -14,19 +17,21 @@ from torch import Tensor
 
 from skipvit_kernels.backends.triton.launch import (
     cdiv,
-    image_and_tile,
+    image_row_column,
     launch,
     move_tile,
+    ptrs_at,
+    sum_dtype,
     sum_tile,
 )
 
 # Comparisons of a program at once while it looks its rows up in the index: 8 a thread.
-LOOKUP = 1024
+LOOKUP = tl.constexpr(1024)
 
 # --------------------------------------------------------------------------- gather_rows
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows", "tiles"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _gather_rows_kernel(
     x_ptr,  # (B, N, C)
     index_ptr,  # (B, M)
@@ -34,37 +39,34 @@ def _gather_rows_kernel(
     num_tokens,
     num_rows,
     num_columns,
-    tiles,  # per image
-    x_stride_b,
-    x_stride_n,
-    x_stride_c,
-    index_stride_b,
-    index_stride_r,
+    x_strides,
+    index_strides,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    b, tile = image_and_tile(tiles)
-    column_tiles = tl.cdiv(num_columns, COLUMNS)
-    o_r = tile // column_tiles * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    o_c = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+    o_b, row, column = image_row_column(num_rows, num_columns, ROWS, COLUMNS)
+    o_r, o_c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     m_r, m_c = o_r < num_rows, o_c < num_columns
-
-    b_n = tl.load(index_ptr + b * index_stride_b + o_r * index_stride_r, mask=m_r, other=-1)
+    b_n = tl.load(ptrs_at(index_ptr, (o_b, o_r), index_strides), mask=m_r, other=-1)
     m_n = (b_n >= 0) & (b_n < num_tokens)
-    x_ptrs = x_ptr + b * x_stride_b + b_n[:, None] * x_stride_n + o_c[None, :] * x_stride_c
+    x_ptrs = ptrs_at(x_ptr, (o_b, b_n[:, None], o_c[None, :]), x_strides)
     b_x = tl.load(x_ptrs, mask=m_n[:, None] & m_c[None, :], other=0)
-    out_ptrs = out_ptr + (b * num_rows + o_r)[:, None] * num_columns + o_c[None, :]
+    out_ptrs = ptrs_at(out_ptr, (o_b * num_rows + o_r[:, None], o_c[None, :]), (num_columns, 1))
     tl.store(out_ptrs, b_x, mask=m_r[:, None] & m_c[None, :])
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """out[b, r] = x[b, index[b, r]]; zeros where the entry is out of range."""
     batch, num_tokens, columns = x.shape
     num_rows = index.shape[1]
     out = x.new_empty((batch, num_rows, columns))
     rows, width = move_tile(columns, x.element_size())
     tiles = cdiv(num_rows, rows) * cdiv(columns, width)
-    scalars = num_tokens, num_rows, columns, tiles, *x.stride(), *index.stride(), rows, width
-    launch(_gather_rows_kernel, batch * tiles, out, (x, index, out), scalars)
+    launch(
+        _gather_rows_kernel, batch * tiles, out, x_ptr=x, index_ptr=index, out_ptr=out,
+        num_tokens=num_tokens, num_rows=num_rows, num_columns=columns,
+        x_strides=x.stride(), index_strides=index.stride(), ROWS=rows, COLUMNS=width,
+    )  # fmt: skip
     return out
 
 
@@ -72,25 +74,21 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 @triton.jit
-def rows_moved_to(
-    o_n,  # [ROWS] positions
-    index_ptr,  # (M,) of one image
-    index_stride_r,
-    num_rows,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def rows_moved_to(index_ptr, o_b, o_n, num_tokens, num_rows, index_strides):
     """[ROWS]: the r with index[r] == n, the last one if there are several; -1 if there is none."""
-    b_row = tl.full([ROWS, CHUNK], -1, tl.int32)
+    CHUNK: tl.constexpr = LOOKUP // o_n.shape[0]
+    b_row = tl.full([o_n.shape[0], CHUNK], -1, tl.int32)
     for start in range(0, num_rows, CHUNK):
         o_r = start + tl.arange(0, CHUNK)
-        r_ptrs = index_ptr + o_r.to(tl.int64) * index_stride_r
-        b_index = tl.load(r_ptrs, mask=o_r < num_rows, other=-1).to(tl.int32)
-        b_row = tl.where(b_index[None, :] == o_n[:, None], o_r[None, :], b_row)
+        index_ptrs = ptrs_at(index_ptr, (o_b, o_r), index_strides)
+        b_n = tl.load(index_ptrs, mask=o_r < num_rows, other=-1)
+        # Out of range before it is cut to int32, which takes half the comparisons: 2**32 is no 0.
+        b_n = tl.where((b_n >= 0) & (b_n < num_tokens), b_n, -1).to(tl.int32)
+        b_row = tl.where(b_n[None, :] == o_n[:, None], o_r[None, :], b_row)
     return tl.max(b_row, axis=1)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows", "tiles"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _scatter_rows_kernel(
     x_ptr,  # (B, N, C), or None: rows that are not in the index are zeros
     tokens_ptr,  # (B, M, C)
@@ -100,46 +98,33 @@ def _scatter_rows_kernel(
     num_tokens,
     num_rows,
     num_columns,
-    tiles,  # per image
-    x_stride_b,
-    x_stride_n,
-    x_stride_c,
-    tokens_stride_b,
-    tokens_stride_r,
-    tokens_stride_c,
-    index_stride_b,
-    index_stride_r,
-    update_stride_b,
-    update_stride_c,
+    x_strides,
+    tokens_strides,
+    index_strides,
+    update_strides,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
-    b, tile = image_and_tile(tiles)
-    column_tiles = tl.cdiv(num_columns, COLUMNS)
-    o_n = tile // column_tiles * ROWS + tl.arange(0, ROWS)
-    o_c = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
-    m_n, m_c = o_n < num_tokens, o_c < num_columns
-
-    b_r = rows_moved_to(o_n, index_ptr + b * index_stride_b, index_stride_r, num_rows, ROWS, CHUNK)
+    o_b, row, column = image_row_column(num_tokens, num_columns, ROWS, COLUMNS)
+    o_n, o_c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    m_c = o_c < num_columns
+    m_out = (o_n < num_tokens)[:, None] & m_c[None, :]
+    b_r = rows_moved_to(index_ptr, o_b, o_n, num_tokens, num_rows, index_strides)
     m_moved = (b_r >= 0)[:, None] & m_c[None, :]
-    tokens_ptrs = tokens_ptr + b * tokens_stride_b + o_c[None, :] * tokens_stride_c
-    tokens_ptrs += b_r.to(tl.int64)[:, None] * tokens_stride_r
+    tokens_ptrs = ptrs_at(tokens_ptr, (o_b, b_r[:, None], o_c[None, :]), tokens_strides)
     b_out = tl.load(tokens_ptrs, mask=m_moved, other=0)
-    m_out = m_n[:, None] & m_c[None, :]
     if x_ptr is not None:
-        x_ptrs = x_ptr + b * x_stride_b + o_c[None, :] * x_stride_c
-        x_ptrs += o_n.to(tl.int64)[:, None] * x_stride_n
+        x_ptrs = ptrs_at(x_ptr, (o_b, o_n[:, None], o_c[None, :]), x_strides)
         b_x = tl.load(x_ptrs, mask=m_out & (b_r < 0)[:, None], other=0)
         if update_ptr is not None:
-            update_ptrs = update_ptr + b * update_stride_b + o_c * update_stride_c
+            update_ptrs = ptrs_at(update_ptr, (o_b, o_c), update_strides)
             b_update = tl.load(update_ptrs, mask=m_c, other=0)[None, :]
             if x_ptr.dtype.element_ty == tl.float64:
                 b_x += b_update
             else:
                 b_x = (b_x.to(tl.float32) + b_update.to(tl.float32)).to(b_x.dtype)
         b_out = tl.where(m_moved, b_out, b_x)
-    out_ptrs = out_ptr + (b * num_tokens + o_n)[:, None] * num_columns + o_c[None, :]
+    out_ptrs = ptrs_at(out_ptr, (o_b * num_tokens + o_n[:, None], o_c[None, :]), (num_columns, 1))
     tl.store(out_ptrs, b_out, mask=m_out)
 
 
@@ -150,29 +135,33 @@ def _scatter_rows(
     out = tokens.new_empty((batch, num_tokens, columns))
     rows, width = move_tile(columns, tokens.element_size())
     tiles = cdiv(num_tokens, rows) * cdiv(columns, width)
-    pointers = x, tokens, index, update, out
-    x_strides = (0, 0, 0) if x is None else x.stride()
-    update_strides = (0, 0) if update is None else update.stride()
-    strides = *x_strides, *tokens.stride(), *index.stride(), *update_strides
-    scalars = num_tokens, num_rows, columns, tiles, *strides, rows, width, LOOKUP // rows
-    launch(_scatter_rows_kernel, batch * tiles, out, pointers, scalars)
+    launch(
+        _scatter_rows_kernel, batch * tiles, out,
+        x_ptr=x, tokens_ptr=tokens, index_ptr=index, update_ptr=update, out_ptr=out,
+        num_tokens=num_tokens, num_rows=num_rows, num_columns=columns,
+        x_strides=None if x is None else x.stride(), tokens_strides=tokens.stride(),
+        index_strides=index.stride(), update_strides=None if update is None else update.stride(),
+        ROWS=rows, COLUMNS=width,
+    )  # fmt: skip
     return out
 
 
 def scatter_back(
     x: Tensor, tokens: Tensor, index: Tensor, *, update: Tensor | None = None
 ) -> Tensor:
+    """x (+ update), but tokens[b, r] in row index[b, r]; nowhere if the entry is out of range."""
     return _scatter_rows(x, tokens, index, update, x.shape[1])
 
 
 def gather_rows_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+    """Zeros, but grad[b, r] in row index[b, r]; nowhere if the entry is out of range."""
     return _scatter_rows(None, grad, index, None, num_tokens)
 
 
 # -------------------------------------------------------------- scatter_back's backward
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows", "tiles"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _scatter_back_backward_kernel(
     grad_ptr,  # (B, N, C)
     index_ptr,  # (B, M)
@@ -182,61 +171,71 @@ def _scatter_back_backward_kernel(
     num_tokens,
     num_rows,
     num_columns,
-    tiles,  # per image
-    grad_stride_b,
-    grad_stride_n,
-    grad_stride_c,
-    index_stride_b,
-    index_stride_r,
+    grad_strides,
+    index_strides,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
-    b, tile = image_and_tile(tiles)
-    column_tiles = tl.cdiv(num_columns, COLUMNS)
-    first = tile // column_tiles * ROWS
-    # Where there is an update, one program passes over all rows and sums its columns.
-    end = first + ROWS if grad_update_ptr is None else num_tokens
-    o_c = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+    """A program has the same rows of grad_tokens and, looked up in the index, of grad_x.
+
+    Where there is an update, it passes over all rows and sums its columns. grad_tokens first: the
+    other way round the kernels take 8 registers more.
+    """
+    UPDATE: tl.constexpr = grad_update_ptr is not None
+    o_b, first, column = image_row_column(
+        1 if UPDATE else tl.maximum(num_tokens, num_rows), num_columns, ROWS, COLUMNS
+    )
+    o_c = column + tl.arange(0, COLUMNS)
     m_c = o_c < num_columns
-    SUM: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
-    b_sum = tl.zeros([ROWS, COLUMNS], SUM)
-
-    for start in range(first, end, ROWS):
-        o_n = start + tl.arange(0, ROWS)
-        b_r = rows_moved_to(
-            o_n, index_ptr + b * index_stride_b, index_stride_r, num_rows, ROWS, CHUNK
+    for start in range(first, num_rows if UPDATE else first + ROWS, ROWS):
+        o_r = start + tl.arange(0, ROWS)
+        m_r = o_r < num_rows
+        b_n = tl.load(ptrs_at(index_ptr, (o_b, o_r), index_strides), mask=m_r, other=-1)
+        m_n = (b_n >= 0) & (b_n < num_tokens)
+        grad_ptrs = ptrs_at(grad_ptr, (o_b, b_n[:, None], o_c[None, :]), grad_strides)
+        b_grad = tl.load(grad_ptrs, mask=m_n[:, None] & m_c[None, :], other=0)
+        tokens_ptrs = ptrs_at(
+            grad_tokens_ptr, (o_b * num_rows + o_r[:, None], o_c[None, :]), (num_columns, 1)
         )
-        m_grad = (o_n < num_tokens)[:, None] & m_c[None, :]
-        grad_ptrs = grad_ptr + b * grad_stride_b + o_c[None, :] * grad_stride_c
-        grad_ptrs += o_n.to(tl.int64)[:, None] * grad_stride_n
-        b_grad = tl.load(grad_ptrs, mask=m_grad, other=0)
-        m_moved = (b_r >= 0)[:, None] & m_c[None, :]
-        tokens_ptrs = grad_tokens_ptr + (b * num_rows + b_r)[:, None] * num_columns + o_c[None, :]
-        tl.store(tokens_ptrs, b_grad, mask=m_moved)
-        b_grad = tl.where(m_moved, 0, b_grad).to(b_grad.dtype)
-        x_ptrs = grad_x_ptr + (b * num_tokens + o_n)[:, None] * num_columns + o_c[None, :]
-        tl.store(x_ptrs, b_grad, mask=m_grad)
-        if grad_update_ptr is not None:
-            b_sum += b_grad.to(SUM)
+        tl.store(tokens_ptrs, b_grad, mask=m_r[:, None] & m_c[None, :])
 
-    if grad_update_ptr is not None:
+    SUM: tl.constexpr = sum_dtype(grad_ptr)
+    b_sum = tl.zeros([ROWS, COLUMNS], SUM)
+    for start in range(first, num_tokens if UPDATE else first + ROWS, ROWS):
+        o_n = start + tl.arange(0, ROWS)
+        b_r = rows_moved_to(index_ptr, o_b, o_n, num_tokens, num_rows, index_strides)
+        m_x = (o_n < num_tokens)[:, None] & m_c[None, :]
+        grad_ptrs = ptrs_at(grad_ptr, (o_b, o_n[:, None], o_c[None, :]), grad_strides)
+        b_grad = tl.load(grad_ptrs, mask=m_x & (b_r < 0)[:, None], other=0)
+        grad_x_ptrs = ptrs_at(
+            grad_x_ptr, (o_b * num_tokens + o_n[:, None], o_c[None, :]), (num_columns, 1)
+        )
+        tl.store(grad_x_ptrs, b_grad, mask=m_x)
+        b_sum += b_grad.to(SUM)
+    if UPDATE:
         b_update = tl.sum(b_sum, axis=0).to(grad_update_ptr.dtype.element_ty)
-        tl.store(grad_update_ptr + b * num_columns + o_c, b_update, mask=m_c)
+        tl.store(ptrs_at(grad_update_ptr, (o_b, o_c), (num_columns, 1)), b_update, mask=m_c)
 
 
 def scatter_back_backward(
     grad: Tensor, index: Tensor, has_update: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to x (zeros in the rows of the index), to tokens (grad's rows) and to update.
+
+    Of tokens, zeros where the entry is out of range; of repeated entries each reads the row.
+    """
     batch, num_tokens, columns = grad.shape
     num_rows = index.shape[1]
     grad_x = grad.new_empty((batch, num_tokens, columns))
     grad_tokens = grad.new_empty((batch, num_rows, columns))
     grad_update = grad.new_empty((batch, columns) if has_update else (0,))
     rows, width = (sum_tile if has_update else move_tile)(columns, grad.element_size())
-    tiles = cdiv(columns, width) * (1 if has_update else cdiv(num_tokens, rows))
-    pointers = grad, index, grad_x, grad_tokens, grad_update if has_update else None
-    strides = *grad.stride(), *index.stride()
-    scalars = num_tokens, num_rows, columns, tiles, *strides, rows, width, LOOKUP // rows
-    launch(_scatter_back_backward_kernel, batch * tiles, grad_x, pointers, scalars)
+    tiles = cdiv(columns, width) * (1 if has_update else cdiv(max(num_tokens, num_rows), rows))
+    launch(
+        _scatter_back_backward_kernel, batch * tiles, grad_x,
+        grad_ptr=grad, index_ptr=index, grad_x_ptr=grad_x, grad_tokens_ptr=grad_tokens,
+        grad_update_ptr=grad_update if has_update else None, num_tokens=num_tokens,
+        num_rows=num_rows, num_columns=columns,
+        grad_strides=grad.stride(), index_strides=index.stride(), ROWS=rows, COLUMNS=width,
+    )  # fmt: skip
     return grad_x, grad_tokens, grad_update

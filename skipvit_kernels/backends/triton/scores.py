@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skipvit_kernels.backends.triton.launch import block, cdiv, image_and_tile, launch
+from skipvit_kernels.backends.triton.launch import (
+    block,
+    cdiv,
+    image_and_tile,
+    launch,
+    ptrs_at,
+    sum_dtype,
+)
 
 # Above this the logits of a head do not fit the registers of one program beside its keys.
 MAX_TOKENS = 1024
@@ -24,26 +31,17 @@ TILE = 64
 
 @triton.jit
 def _logits(
-    q_ptr,  # (D,)
-    k_ptr,  # (N, D)
-    o_n,  # [TOKENS]
-    m_n,
-    scale,
-    q_stride_d,
-    k_stride_n,
-    k_stride_d,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
+    q_ptr, k_ptr, o_n, m_n, scale, q_strides, k_strides, D: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """[TOKENS] of one head: scale * q . k, -inf where m_n is not set."""
-    SUM: tl.constexpr = tl.float64 if k_ptr.dtype.element_ty == tl.float64 else tl.float32
+    """[TOKENS] of one head, q (D,) and k (N, D): scale * q . k, -inf where m_n is not set."""
+    SUM: tl.constexpr = sum_dtype(k_ptr)
     b_dot = tl.zeros([o_n.shape[0]], SUM)
     for start in tl.static_range(0, D, WIDTH):
-        o_d = start + tl.arange(0, WIDTH).to(tl.int64)
+        o_d = start + tl.arange(0, WIDTH)
         m_d = o_d < D
-        k_ptrs = k_ptr + o_n.to(tl.int64)[:, None] * k_stride_n + o_d[None, :] * k_stride_d
+        k_ptrs = ptrs_at(k_ptr, (o_n[:, None], o_d[None, :]), k_strides)
         b_k = tl.load(k_ptrs, mask=m_n[:, None] & m_d[None, :], other=0).to(SUM)
-        b_q = tl.load(q_ptr + o_d * q_stride_d, mask=m_d, other=0).to(SUM)
+        b_q = tl.load(ptrs_at(q_ptr, (o_d,), q_strides), mask=m_d, other=0).to(SUM)
         b_dot += tl.sum(b_k * b_q[None, :], axis=1)
     return tl.where(m_n, b_dot * scale, float("-inf"))
 
@@ -66,39 +64,31 @@ def _cls_scores_kernel(
     num_heads,
     num_tokens,
     num_prefix,
-    q_stride_b,
-    q_stride_h,
-    q_stride_d,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    k_stride_d,
+    q_strides,
+    k_strides,
     D: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
-    q_ptr += b * q_stride_b
-    k_ptr += b * k_stride_b
+    o_b = tl.program_id(0).to(tl.int64)
     o_n = tl.arange(0, TOKENS)
     m_n = o_n < num_tokens
-    SUM: tl.constexpr = tl.float64 if k_ptr.dtype.element_ty == tl.float64 else tl.float32
+    SUM: tl.constexpr = sum_dtype(k_ptr)
     b_mean = tl.zeros([TOKENS], SUM)
-    for _ in tl.range(0, num_heads, num_stages=STAGES):
-        b_logit = _logits(
-            q_ptr, k_ptr, o_n, m_n, scale, q_stride_d, k_stride_n, k_stride_d, D, WIDTH
-        )
+    q_ptr = ptrs_at(q_ptr, (o_b,), q_strides[:1])
+    k_ptr = ptrs_at(k_ptr, (o_b,), k_strides[:1])
+    for _ in tl.range(0, num_heads, num_stages=2):
+        b_logit = _logits(q_ptr, k_ptr, o_n, m_n, scale, q_strides[2:], k_strides[2:], D, WIDTH)
         _, b_exp, total = _exp_sum(b_logit)
         b_mean += b_exp / total
-        q_ptr += q_stride_h
-        k_ptr += k_stride_h
-    out_ptrs = out_ptr + b * (num_tokens - num_prefix) + o_n - num_prefix
+        q_ptr += q_strides[1]
+        k_ptr += k_strides[1]
+    out_ptrs = out_ptr + o_b * (num_tokens - num_prefix) + o_n - num_prefix
     b_mean = (b_mean / num_heads).to(tl.float32)
     tl.store(out_ptrs, b_mean, mask=m_n & (o_n >= num_prefix))
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_tokens", "tiles"])
+@triton.jit(do_not_specialize=["num_heads", "num_tokens"])
 def _cls_logits_kernel(
     q_ptr,  # (B, H, D)
     k_ptr,  # (B, H, N, D)
@@ -107,59 +97,55 @@ def _cls_logits_kernel(
     scale,
     num_heads,
     num_tokens,
-    tiles,  # per image and head
-    q_stride_b,
-    q_stride_h,
-    q_stride_d,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    k_stride_d,
+    q_strides,
+    k_strides,
     D: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    image_head, tile = image_and_tile(tiles)
-    b, h = image_head // num_heads, image_head % num_heads
+    tiles = tl.cdiv(num_tokens, TOKENS)
+    o_bh, tile = image_and_tile(tiles)
+    o_b, o_h = o_bh // num_heads, o_bh % num_heads
     o_n = tile * TOKENS + tl.arange(0, TOKENS)
     m_n = o_n < num_tokens
-    q_ptr += b * q_stride_b + h * q_stride_h
-    k_ptr += b * k_stride_b + h * k_stride_h
-    b_logit = _logits(q_ptr, k_ptr, o_n, m_n, scale, q_stride_d, k_stride_n, k_stride_d, D, WIDTH)
-    tl.store(logits_ptr + image_head * num_tokens + o_n, b_logit, mask=m_n)
+    q_ptr = ptrs_at(q_ptr, (o_b, o_h), q_strides[:2])
+    k_ptr = ptrs_at(k_ptr, (o_b, o_h), k_strides[:2])
+    b_logit = _logits(q_ptr, k_ptr, o_n, m_n, scale, q_strides[2:], k_strides[2:], D, WIDTH)
+    tl.store(logits_ptr + o_bh * num_tokens + o_n, b_logit, mask=m_n)
     top, _, total = _exp_sum(b_logit)
-    parts_ptr += image_head * 2 * tiles + tile
+    parts_ptr += o_bh * 2 * tiles + tile
     tl.store(parts_ptr, top)
     tl.store(parts_ptr + tiles, total)
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_prefix", "tiles"])
+@triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_prefix"])
 def _cls_softmax_mean_kernel(
-    logits_ptr,  # (B, H, N)
+    logits_ptr,  # (B, H, N), contiguous, like the next two
     parts_ptr,  # (B, H, 2, tiles)
     out_ptr,  # (B, n)
     num_heads,
     num_tokens,
     num_prefix,
-    tiles,
     TOKENS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    b, tile = image_and_tile(tiles)
+    tiles = tl.cdiv(num_tokens, TOKENS)
+    o_b, tile = image_and_tile(tiles)
     o_n = tile * TOKENS + tl.arange(0, TOKENS)
     m_n = o_n < num_tokens
     o_t = tl.arange(0, TILES)
     m_t = o_t < tiles
     b_mean = tl.zeros([TOKENS], logits_ptr.dtype.element_ty)
-    for h in range(0, num_heads):
-        image_head = b * num_heads + h
-        part_ptrs = parts_ptr + image_head * 2 * tiles + o_t
+    for o_h in range(0, num_heads):
+        o_bh = o_b * num_heads + o_h
+        part_ptrs = parts_ptr + o_bh * 2 * tiles + o_t
         b_top = tl.load(part_ptrs, mask=m_t, other=float("-inf"))
         top = tl.max(b_top, axis=0)
-        total = tl.sum(tl.load(part_ptrs + tiles, mask=m_t, other=0) * tl.exp(b_top - top), axis=0)
-        b_logit = tl.load(logits_ptr + image_head * num_tokens + o_n, mask=m_n, other=0)
+        b_total = tl.load(part_ptrs + tiles, mask=m_t, other=0)
+        total = tl.sum(b_total * tl.exp(b_top - top), axis=0)
+        b_logit = tl.load(logits_ptr + o_bh * num_tokens + o_n, mask=m_n, other=0)
         b_mean += tl.exp(b_logit - top) / total
-    out_ptrs = out_ptr + b * (num_tokens - num_prefix) + o_n - num_prefix
+    out_ptrs = out_ptr + o_b * (num_tokens - num_prefix) + o_n - num_prefix
     b_mean = (b_mean / num_heads).to(tl.float32)
     tl.store(out_ptrs, b_mean, mask=m_n & (o_n >= num_prefix))
 
@@ -168,7 +154,7 @@ def cls_scores(
     q: Tensor, k: Tensor, *, scale: float | None = None, num_prefix_tokens: int = 1
 ) -> Tensor:
     batch, heads, num_tokens, depth = k.shape
-    scale = depth**-0.5 if scale is None else scale
+    scale = float(depth**-0.5 if scale is None else scale)
     num_patches = num_tokens - num_prefix_tokens
     out = k.new_empty((batch, num_patches), dtype=torch.float32)
     if num_patches == 0:
@@ -177,18 +163,26 @@ def cls_scores(
         size = block(num_tokens)
         threads = max(128, min(512, size))
         # 64 elements a thread.
-        width = min(triton.next_power_of_2(depth), 64 * threads // size)
-        sizes = heads, num_tokens, num_prefix_tokens
-        scalars = scale, *sizes, *q.stride(), *k.stride(), depth, size, width, 2
-        launch(_cls_scores_kernel, batch, out, (q, k, out), scalars, threads)
+        width = min(block(depth), 64 * threads // size)
+        launch(
+            _cls_scores_kernel, batch, out, threads=threads, q_ptr=q, k_ptr=k, out_ptr=out,
+            scale=scale, num_heads=heads, num_tokens=num_tokens, num_prefix=num_prefix_tokens,
+            q_strides=q.stride(), k_strides=k.stride(), D=depth, TOKENS=size, WIDTH=width,
+        )  # fmt: skip
         return out
     tiles = cdiv(num_tokens, TILE)
     sums = torch.promote_types(k.dtype, torch.float32)
     logits = k.new_empty((batch, heads, num_tokens), dtype=sums)
     parts = k.new_empty((batch, heads, 2, tiles), dtype=sums)
-    width = min(triton.next_power_of_2(depth), 128)
-    scalars = scale, heads, num_tokens, tiles, *q.stride(), *k.stride(), depth, TILE, width
-    launch(_cls_logits_kernel, batch * heads * tiles, out, (q, k, logits, parts), scalars)
-    scalars = heads, num_tokens, num_prefix_tokens, tiles, TILE, block(tiles)
-    launch(_cls_softmax_mean_kernel, batch * tiles, out, (logits, parts, out), scalars)
+    launch(
+        _cls_logits_kernel, batch * heads * tiles, out,
+        q_ptr=q, k_ptr=k, logits_ptr=logits, parts_ptr=parts,
+        scale=scale, num_heads=heads, num_tokens=num_tokens, q_strides=q.stride(),
+        k_strides=k.stride(), D=depth, TOKENS=TILE, WIDTH=min(block(depth), 128),
+    )  # fmt: skip
+    launch(
+        _cls_softmax_mean_kernel, batch * tiles, out, logits_ptr=logits, parts_ptr=parts,
+        out_ptr=out, num_heads=heads, num_tokens=num_tokens, num_prefix=num_prefix_tokens,
+        TOKENS=TILE, TILES=block(tiles),
+    )  # fmt: skip
     return out
