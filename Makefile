@@ -31,7 +31,7 @@ test-cpu: $(INSTALLED)
 # which takes the paths of bfloat16, is left to a GPU. TRITON_INTERPRET must be set at import.
 test-interpreter: $(INSTALLED)
 	TRITON_INTERPRET=1 PYTHONPATH=tests SKIPVIT_REQUIRE=triton $(BIN)/pytest \
-	  tests/ops/test_operators.py tests/backends/test_triton_interpreter.py \
+	  tests/ops/test_operators.py tests/ops/test_sweep.py tests/backends/test_triton_interpreter.py \
 	  -k "(triton and not same_bits_every and not torch.float16) or test_triton_interpreter"
 
 # The CPU operators in a copy of the package with the kernels under ASan and UBSan: a byte read past
@@ -51,8 +51,8 @@ test-sanitizers: $(INSTALLED)
 	  SKIPVIT_CPU_ISA=$$isa SKIPVIT_REQUIRE=cpu PYTHONPATH=$(SANITIZED)/lib \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/pytest -q --capture=sys tests/ops/test_operators.py $(wildcard tests/ops/test_sweep.py) \
-	    -k cpu || exit; \
+	  $(BIN)/pytest -q --capture=sys tests/ops/test_operators.py \
+	    $$(test "$$isa" || echo tests/ops/test_sweep.py) -k cpu || exit; \
 	done
 
 # On a machine with a GPU. cuBLAS needs the variable under the determinism that poisons outputs.

@@ -40,7 +40,7 @@ def there_and_back(x, q, k, num_keep=89):
 
 
 def test_every_operator_has_its_kernel_at_the_cuda_key():
-    for name in ops.SCHEMAS:
+    for name in ops.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"skipvit::{name}", "CUDA")
 
 
@@ -49,18 +49,19 @@ def test_opcheck():
     index = reference.gather_topk(x, scores, 5)[1]
     tokens, update = x[:, :6].contiguous(), x[:, 0].contiguous()
     arguments = {
-        "cls_scores": (q, k, 0.5, 1),
-        "gather_topk": (x, scores, 5, 1),
-        "gather_topk_fuse": (x, scores, 5, 1),
+        "cls_scores": (q, k),
+        "gather_topk": (x, scores, 5),
+        "gather_topk_fuse": (x, scores, 5),
         "gather_topk_fuse_backward": (x[:, :7].contiguous(), x, scores, index),
         "gather_rows": (x, index),
         "gather_rows_backward": (tokens, index, 17),
-        "scatter_back": (x, tokens, index, update),
+        "scatter_back": (x, tokens, index),
         "scatter_back_backward": (x, index, True),
     }
-    assert set(arguments) == set(ops.SCHEMAS)
+    options = {"cls_scores": dict(scale=0.5), "scatter_back": dict(update=update)}
+    assert set(arguments) == set(ops.OPERATORS)
     for name, args in arguments.items():
-        opcheck(getattr(torch.ops.skipvit, name).default, args)
+        opcheck(getattr(torch.ops.skipvit, name).default, args, options.get(name))
 
 
 def test_gradcheck():
@@ -211,7 +212,7 @@ def test_a_model_is_measured_on_the_device():
 
     shared = dict(device="cuda", bfloat16=True, rounds=3)
     configs = ("6(55%)+11", ":cls", "6(45%)+fused:cls")
-    rows: list[bench.Row] = []
+    rows: list[bench.Measurement] = []
     job = bench.Job("vit_small_patch16_224", configs, 32, training=True, **shared)
     bench.run(job, rows)
     assert all(row.memory_saved >= 0.9 * row.activations_saved for row in rows[1:4])

@@ -234,19 +234,20 @@ class TestDispatched:
         tokens, update = torch.randn(2, 4, 8), torch.randn(2, 8)
         q, k = torch.randn(2, 3, 4), torch.randn(2, 3, 9, 4)
         arguments = {
-            "cls_scores": (q, k, 0.5, 1),
-            "gather_topk": (x, scores, 3, 1),
-            "gather_topk_fuse": (x, scores, 3, 1),
+            "cls_scores": (q, k),
+            "gather_topk": (x, scores, 3),
+            "gather_topk_fuse": (x, scores, 3),
             "gather_topk_fuse_backward": (torch.randn(2, 5, 8), x, scores, index),
             "gather_rows": (x, index),
             "gather_rows_backward": (tokens, index, 9),
-            "scatter_back": (x, tokens, index, update),
+            "scatter_back": (x, tokens, index),
             "scatter_back_backward": (x, index, True),
         }
-        assert set(arguments) == set(ops.SCHEMAS)
+        options = {"cls_scores": dict(scale=0.5), "scatter_back": dict(update=update)}
+        assert set(arguments) == set(ops.OPERATORS)
         for name, args in arguments.items():
             with triton_interpreted.accesses() as recorded:
-                opcheck(getattr(torch.ops.skipvit, name).default, args)
+                opcheck(getattr(torch.ops.skipvit, name).default, args, options.get(name))
             assert recorded, f"{name} did not reach the Triton kernel"
 
     def test_gradcheck(self):
