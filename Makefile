@@ -18,7 +18,9 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h ascend_ops/*.cpp ascend_ops/*.h asce
 demo: $(INSTALLED)
 	$(BIN)/skipvit demo
 
-test: lint test-cpu test-interpreter test-sanitizers
+# Tests run on one thread each, so two of these at a time; what each printed comes when it ends.
+test: $(INSTALLED)
+	$(MAKE) --no-print-directory -j2 --output-sync=target test-cpu test-interpreter test-sanitizers lint
 
 # The shared operator suite once more for each instruction set: a machine runs one of them only.
 test-cpu: $(INSTALLED)
@@ -28,11 +30,13 @@ test-cpu: $(INSTALLED)
 	done
 
 # The Triton kernels in Triton's interpreter, without a GPU; about 1.5 ms a program, so float16,
-# which takes the paths of bfloat16, is left to a GPU. TRITON_INTERPRET must be set at import.
+# which takes the paths of bfloat16, and the longest rows, which take those of any, are left to a
+# GPU. TRITON_INTERPRET must be set at import.
 test-interpreter: $(INSTALLED)
 	TRITON_INTERPRET=1 PYTHONPATH=tests SKIPVIT_REQUIRE=triton $(BIN)/pytest \
 	  tests/ops/test_operators.py tests/ops/test_sweep.py tests/backends/test_triton_interpreter.py \
-	  -k "(triton and not same_bits_every and not torch.float16) or test_triton_interpreter"
+	  -k "(triton and not same_bits_every and not torch.float16 and not (1x2100 and _and_backward)) \
+	    or test_triton_interpreter"
 
 # The CPU operators in a copy of the package with the kernels under ASan and UBSan: a byte read past
 # a tensor, or undefined behaviour, ends the run. --capture=sys leaves their report on the terminal;
