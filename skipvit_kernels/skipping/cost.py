@@ -17,7 +17,7 @@ def macs(model_or_shape: nn.Module | ViTShape, config: SkipConfig | str = "") ->
     selection itself (0.02 % of a block for the CLS row of ViT-S) are not.
 
     Args:
-        model_or_shape: a timm VisionTransformer, patched or not, or a `ViTShape`.
+        model_or_shape: a model of a known family, patched or not, or a `ViTShape`.
         config: a `SkipConfig` or its notation; default nothing dropped.
 
     Raises:

@@ -27,14 +27,14 @@ def patch(
     warmup_epochs: int | None = None,
     cls_only_last_block: bool | None = None,
 ) -> nn.Module:
-    """Make a timm VisionTransformer skip tokens, in training and evaluation.
+    """Make a vision transformer skip tokens, in training and evaluation.
 
     In place, on the model's own modules: state dict keys, parameters, optimizers and checkpoints
     stay those of the unpatched model. Patch before torch.compile, DDP and the like wrap it.
 
     Args:
-        model: a timm VisionTransformer with a CLS token: ViT, DeiT (distilled too), DeiT-III, with
-            LayerScale, q/k norm, gates, DropPath, registers.
+        model: of a known family (`skipping/families`): timm's VisionTransformer, with or without
+            CLS, distilled, with LayerScale, q/k norm, gates, DropPath, registers.
         config: where and how much, as a `SkipConfig` or its notation, e.g. "6(55%)+11"; "" drops
             nothing.
         warmup_epochs: epochs without dropping, counted by `set_epoch`; default the config's.

@@ -115,7 +115,8 @@ class SkipBlock(nn.Module):
 
     Args:
         blocks: of one known family, whose own parts are called (timm ViT `Block`s); the ones after
-            the first may be SkipBlocks.
+            the first may be SkipBlocks. They are given what the SkipBlock is called with beside
+            the tokens, for the tokens that they see.
         drop_ratio: share of the patches to skip, in [0, 1]; ceil(kept share) of them stay.
         num_prefix_tokens: P, the leading tokens that are never dropped; the first is CLS.
         method: "skip", or "fuse" for EViT's token that sums up the dropped ones.
@@ -161,8 +162,8 @@ class SkipBlock(nn.Module):
             *(b.layers() if isinstance(b, SkipBlock) else Layer(self.family, b) for b in others),
         ]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return run_layers(x, self.layers(), [Context()])
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
+        return run_layers(x, self.layers(), [Context(arguments)])
 
     def extra_repr(self) -> str:
         ratio, *others = self.drop._asdict().items()

@@ -45,7 +45,7 @@ def verify(
     runs as configured: it alone may change roundings.
 
     Args:
-        model: a timm VisionTransformer, patched or not; left as it is.
+        model: of a known family, patched or not; left as it is.
         config: as for `patch`.
         images: (B, 3, H, W) to compare on; default two of random noise at the model's size.
 
