@@ -115,6 +115,10 @@ def plain_eva(model, images, config):
 def test_a_new_family_is_skipped_exactly(model, images, text):
     """In double; RoPE rows follow the patches, per layer where each has its own."""
     model, images, config = model.double(), images.double(), sk.SkipConfig.parse(text)
+    try:
+        model(images)
+    except RuntimeError as error:
+        pytest.skip(f"this timm's own Eva lacks float64: {error}")
     expected = plain_eva(model, images, config)
     wanted = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
     sk.patch(model, config)
@@ -295,7 +299,7 @@ def test_merged_sizes_reach_the_blocks_of_a_new_family(merge, images):
     masks = []
     for block in model.blocks._modules.values():
         block.attn.register_forward_pre_hook(
-            lambda _, args, kwargs: masks.append(kwargs["attn_mask"]), with_kwargs=True
+            lambda _, args, kwargs: masks.append(kwargs.get("attn_mask")), with_kwargs=True
         )
     model(images)
     sizes = [None if mask is None else mask.exp().sum(-1).round() for mask in masks]
