@@ -54,7 +54,8 @@ test-sanitizers: $(INSTALLED)
 	for isa in "" $$($(BIN)/python tests/other_isas.py); do \
 	  SKIPVIT_CPU_ISA=$$isa SKIPVIT_REQUIRE=cpu PYTHONPATH=$(SANITIZED)/lib \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 \
+	  UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/pytest -q --capture=sys tests/ops/test_operators.py \
 	    $$(test "$$isa" || echo tests/ops/test_sweep.py) -k cpu || exit; \
 	done
