@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from skipvit_kernels.skipping.config import SkipConfig
 from skipvit_kernels.skipping.families import Context, Family
-from skipvit_kernels.skipping.run import Drop, Layer, run_layers
+from skipvit_kernels.skipping.run import Drop, Layer, Run, run_layers
 
 
 class Skipping(nn.Module):
@@ -41,13 +41,13 @@ class Skipping(nn.Module):
         end = len(layers) if self.config.rejoin_at is None else self.config.rejoin_at - 1
         return layers[:end], layers[end:]
 
-    def execute(self, x: Tensor, runs: Iterable[list[Layer]], contexts: list[Context]) -> Tensor:
+    def execute(self, x: Tensor, layers: Run, contexts: list[Context]) -> Tensor:
+        """`run_layers`, recorded where somebody does."""
         drops: list[tuple[Tensor, int]] = []
         if self.recorder is not None and self.dropping:
             contexts = [c._replace(record=lambda *drop: drops.append(drop)) for c in contexts]
         num_tokens = x.shape[1]
-        for layers in runs:
-            x = run_layers(x, layers, contexts, self.skip)
+        x = run_layers(x, layers, contexts, self.skip)
         if drops and self.recorder is not None:
             self.recorder.append(SkipRecord.compose(self.config, drops, num_tokens))
         return x
@@ -57,7 +57,9 @@ class SkipSequential(Skipping, nn.Sequential):
     """Blocks that the model calls as one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.execute(x, self.runs(), [Context()])
+        head, tail = self.runs()
+        # In one call: between two the tokens of the first would be held through the second.
+        return self.execute(x, [head, *tail], [Context()])
 
     def children(self) -> Iterator[nn.Module]:
         """Modules to run in turn: timm's gradient checkpointing runs the children one by one."""
@@ -130,7 +132,7 @@ class _Turn:
         shared = all(value is first[name] for each in given for name, value in each.items())
         contexts = [Context(each) for each in (given[:1] if shared else given)]
         run = [layer._replace(context=0 if shared else at) for at, layer in enumerate(self.run)]
-        return self.blocks.execute(x, [run], contexts)
+        return self.blocks.execute(x, run, contexts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.run[self.at].block, name)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+import skipvit_kernels as sk
 from skipvit_kernels.lab import clock
-from skipvit_kernels.skipping.floor import sliced
+from skipvit_kernels.skipping.floor import sliced, twin
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +103,17 @@ def test_peak_memory_of_a_training_step_follows_the_tokens():
     some, fewer, least = (clock.peak_memory(step) for step in steps)
     assert clock.peak_memory(steps[0]) == some
     assert least < 0.7 * some < fewer < 0.9 * some
+
+
+@pytest.mark.parametrize("config", ["6(55%)+11", "4,7(30%,30%)+10:mean", "6(45%)+fused", ":cls"])
+def test_an_inference_holds_no_more_than_the_unpatched_model(config):
+    """Keys and scores go before the blocks behind them run, tokens of a run before the next one."""
+    model = VisionTransformer(
+        img_size=64, patch_size=4, num_classes=10, embed_dim=64, depth=12, num_heads=2
+    ).eval()
+    images = torch.randn(4, 3, 64, 64)
+    plain, patched = (
+        clock.forward_step(each, images) for each in (model, sk.patch(twin(model), config))
+    )
+    plain(), patched()
+    assert clock.peak_memory(patched) <= clock.peak_memory(plain)
