@@ -15,7 +15,7 @@ MAY = {
     "skipping.methods": ("ops",),
     "skipping.families": ("ops",),
     "skipping.scorers": ("ops", "skipping.families"),
-    "skipping.config": ("skipping.methods", "skipping.scorers"),
+    "skipping.config": ("skipping.methods",),
     "skipping.cost": ("skipping.config", "skipping.families"),
     "skipping.cls_only": ("skipping.families",),
     "skipping.run": (

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from skipvit_kernels.skipping import methods, scorers
+from skipvit_kernels.skipping import methods
 from skipvit_kernels.skipping.methods import METHODS, Method
 
 Ratio = Fraction | float | str
@@ -18,6 +18,9 @@ _NOTATION = re.compile(
     r"(?P<layers>\d+(?:,\d+)*)\((?P<ratios>[^()]*)\)"
     r"(?:\+(?P<rejoin>\w+))?"
 )
+# Who says which patches stay, and whether the scores are attention weights: only these may weigh
+# tokens.
+SCORERS = {"cls": True, "mean": True, "norm": False, "random": False}
 _EXAMPLES = '"6(55%)+11", "6(55%)+11:mean", "4,7(30%,30%)+10", "6(45%)+fused" or "6(55%)"'
 
 
@@ -81,7 +84,7 @@ class SkipConfig:
         if any(b <= a for a, b in itertools.pairwise(self.drop_at)):
             raise ValueError(f"drop_at must ascend, got {self.drop_at}")
         method = self.make_method()
-        scorers.check(self.scorer, weighs=method.weighs)
+        check_scorer(self.scorer, weighs=method.weighs)
         if not isinstance(self.warmup_epochs, int) or self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be an integer >= 0, got {self.warmup_epochs!r}")
         if not isinstance(self.cls_only_last_block, bool):
@@ -214,6 +217,20 @@ class SkipConfig:
         if self.cls_only_last_block:
             counts[-1] = counts[-1]._replace(mlp=num_head_tokens)
         return counts
+
+
+def check_scorer(scorer: str | None, *, weighs: bool) -> None:
+    """Raise ValueError on a name that is none; with `weighs` on scores that cannot weigh tokens."""
+    if scorer is None:
+        return
+    if scorer not in SCORERS:
+        known = ", ".join(f'"{name}"' for name in SCORERS)
+        raise ValueError(f"scorer must be one of {known}, got {scorer!r}")
+    if weighs and not SCORERS[scorer]:
+        known = " or ".join(f'"{name}"' for name, weights in SCORERS.items() if weights)
+        raise ValueError(
+            f"scorer must be {known}, attention weights, where scores weigh tokens, got {scorer!r}"
+        )
 
 
 def num_kept(num_patches: int, drop_ratio: Fraction) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from skipvit_kernels.skipping import families, methods, scorers
-from skipvit_kernels.skipping.config import Ratio, as_ratio, num_kept
+from skipvit_kernels.skipping.config import Ratio, as_ratio, check_scorer, num_kept
 from skipvit_kernels.skipping.families import Context, Family
 from skipvit_kernels.skipping.methods import Candidates, Method, Reduced
 
@@ -151,7 +151,7 @@ class SkipBlock(nn.Module):
                 f"got {num_prefix_tokens}"
             )
         chosen = methods.make(method, rejoin_update, "rejoin", rejoin)
-        scorers.check(scorer, weighs=chosen.weighs)
+        check_scorer(scorer, weighs=chosen.weighs)
         self.drop = Drop(as_ratio(drop_ratio), num_prefix_tokens, scorer, chosen, rejoin)
 
     def layers(self) -> Run:

@@ -8,9 +8,6 @@ from torch import Tensor
 from skipvit_kernels.ops.scores import cls_scores, trained_cls_scores
 from skipvit_kernels.skipping.families import Attended, Family
 
-# By name, whether the scores are attention weights: only these may weigh tokens.
-SCORERS = {"cls": True, "mean": True, "norm": False, "random": False}
-
 
 def score(
     scorer: str,
@@ -41,17 +38,3 @@ def score(
     query = family.query(scorer, q, num_prefix_tokens)
     operator = trained_cls_scores if trained else cls_scores
     return operator(query, k, scale=scale, num_prefix_tokens=num_prefix_tokens)
-
-
-def check(scorer: str | None, *, weighs: bool) -> None:
-    """Raise ValueError on a name that is none; with `weighs` on scores that cannot weigh tokens."""
-    if scorer is None:
-        return
-    if scorer not in SCORERS:
-        known = ", ".join(f'"{name}"' for name in SCORERS)
-        raise ValueError(f"scorer must be one of {known}, got {scorer!r}")
-    if weighs and not SCORERS[scorer]:
-        known = " or ".join(f'"{name}"' for name, weights in SCORERS.items() if weights)
-        raise ValueError(
-            f"scorer must be {known}, attention weights, where scores weigh tokens, got {scorer!r}"
-        )
