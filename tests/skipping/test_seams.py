@@ -277,7 +277,7 @@ def vit():
     return model.eval()
 
 
-@pytest.mark.parametrize("text", ["3(55%)+7:merge", "2,4(30%,30%)+8:merge,cls", "3(55%):merge"])
+@pytest.mark.parametrize("text", ["3(55%)+7:merge", "2,4(30%,30%)+8:merge,cls", "3(55%):merge,cls"])
 def test_a_new_method_does_all_that_the_known_ones_do(merge, images, text):
     config = sk.SkipConfig.parse(text)
     assert str(config) == text and config.method == "merge"
