@@ -21,7 +21,14 @@ from skipvit_kernels.ops import (
 )
 from skipvit_kernels.skipping.config import SkipConfig
 from skipvit_kernels.skipping.cost import ViTShape, activations, ideal_speedup, macs
-from skipvit_kernels.skipping.patch import is_patched, patch, record_skips, set_epoch, unpatch
+from skipvit_kernels.skipping.patch import (
+    is_patched,
+    keep_patches,
+    patch,
+    record_skips,
+    set_epoch,
+    unpatch,
+)
 from skipvit_kernels.skipping.run import SkipBlock
 from skipvit_kernels.skipping.sequence import SkipRecord
 from skipvit_kernels.skipping.verify import VerifyReport, verify
@@ -41,6 +48,7 @@ __all__ = [
     "gather_topk_fuse",
     "ideal_speedup",
     "is_patched",
+    "keep_patches",
     "macs",
     "patch",
     "record_skips",

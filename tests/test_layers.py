@@ -24,7 +24,12 @@ MAY = {
         "skipping.methods",
         "skipping.scorers",
     ),
-    "skipping.sequence": ("skipping.config", "skipping.families", "skipping.run"),
+    "skipping.sequence": (
+        "skipping.config",
+        "skipping.families",
+        "skipping.methods",
+        "skipping.run",
+    ),
     "skipping": ("ops", "skipping"),
     "lab": ("", "ops", "backends", "skipping"),
     "cli": ("", "lab", "skipping"),

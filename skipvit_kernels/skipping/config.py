@@ -5,23 +5,37 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 from skipvit_kernels.skipping import methods
 from skipvit_kernels.skipping.methods import METHODS, Method
 
-Ratio = Fraction | float | str
-
 _NOTATION = re.compile(
-    r"(?P<layers>\d+(?:,\d+)*)\((?P<ratios>[^()]*)\)"
+    r"(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\((?P<ratios>[^()]*)\)"
     r"(?:\+(?P<rejoin>\w+))?"
 )
 # Who says which patches stay, and whether the scores are attention weights: only these may weigh
 # tokens.
-SCORERS = {"cls": True, "mean": True, "norm": False, "random": False}
+SCORERS = {"cls": True, "mean": True, "norm": False, "similar": False, "random": False}
+# By what two patches are alike.
+MATCHES = ("tokens", "keys")
+END = "end"
 _EXAMPLES = '"6(55%)+11", "6(55%)+11:mean", "4,7(30%,30%)+10", "6(45%)+fused" or "6(55%)"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """A number of patches that leave, in the place of a ratio: "13p" in the notation."""
+
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.count}p"
+
+
+Ratio = Fraction | Patches | float | int | str
 
 
 class BlockTokens(NamedTuple):
@@ -41,14 +55,20 @@ class SkipConfig:
     Attributes:
         drop_at: layers that drop, ascending. Empty: nothing is dropped.
         drop_ratio: share of the patches dropped in each, in [0, 1]; held as exact fractions, a
-            float is read as the decimal that it prints as.
-        rejoin_at: the first layer that sees all tokens again; None: they never come back.
-        method: "skip" (SkipViT), or "fuse": EViT's one token that sums up the dropped ones.
+            float is read as the decimal that it prints as. Or their number: `Patches(13)`, "13p".
+        rejoin_at: the first layer that sees all tokens again; "end": they come back after the last,
+            for a head that reads every position; None: they never do.
+        method: "skip" (SkipViT); "fuse": EViT's one token that sums up the dropped ones; "merge":
+            each is merged into the kept patch most like it, and back again at the rejoin.
         rejoin_update: "none": tokens return as they left (the paper); "mean": each is moved by the
             mean movement of its image's kept patches over the skipped blocks.
         scorer: who says which patches stay. "cls": CLS, by its attention (the paper); "mean": the
-            mean of the patches' queries, by its; "norm": the norms of their keys; "random": chance,
-            from torch's generator, for control. None: what suits the model, CLS where it has one.
+            mean of the patches' queries, by its; "norm": the norms of their keys; "similar": minus
+            the largest cosine with a patch of odd position, which itself stays (at most half may
+            leave); "random": chance, from torch's generator, for control. None: what suits the
+            model, CLS where it has one.
+        match: for method "merge" and scorer "similar", by what two patches are alike: their
+            "tokens" after the attention, or their "keys" in it, averaged over the heads.
         warmup_epochs: epochs without dropping (the paper used 15); see `set_epoch`.
         cls_only_last_block: compute of the last block only what a head that reads CLS needs: keys
             and values of all tokens, but one query, one projection row, one MLP row. Lossless, so
@@ -59,11 +79,12 @@ class SkipConfig:
     """
 
     drop_at: tuple[int, ...] = ()
-    drop_ratio: tuple[Fraction, ...] = ()
-    rejoin_at: int | None = None
+    drop_ratio: tuple[Fraction | Patches, ...] = ()
+    rejoin_at: int | str | None = None
     method: str = "skip"
     rejoin_update: str = "none"
     scorer: str | None = None
+    match: str = "tokens"
     warmup_epochs: int = 0
     cls_only_last_block: bool = False
 
@@ -78,13 +99,20 @@ class SkipConfig:
                 "drop_at and drop_ratio must have the same length, "
                 f"got {len(self.drop_at)} layers and {len(self.drop_ratio)} ratios"
             )
-        for layer in (*self.drop_at, *([] if self.rejoin_at is None else [self.rejoin_at])):
+        for layer in (*self.drop_at, *([] if self.rejoin_at in (None, END) else [self.rejoin_at])):
             if not isinstance(layer, int) or layer < 1:
                 raise ValueError(f"layers must be integers counted from 1, got {layer!r}")
         if any(b <= a for a, b in itertools.pairwise(self.drop_at)):
             raise ValueError(f"drop_at must ascend, got {self.drop_at}")
         method = self.make_method()
         check_scorer(self.scorer, weighs=method.weighs)
+        shares = [ratio for ratio in self.drop_ratio if isinstance(ratio, Fraction)]
+        if self.scorer == "similar" and max(shares, default=0) > Fraction(1, 2):
+            raise ValueError(
+                'drop_ratio must be at most 50% with scorer "similar": patches of odd position '
+                f"stay, got {_format_ratio(max(shares))}"
+            )
+        check_match(self.match, self.method, self.scorer)
         if not isinstance(self.warmup_epochs, int) or self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be an integer >= 0, got {self.warmup_epochs!r}")
         if not isinstance(self.cls_only_last_block, bool):
@@ -95,7 +123,12 @@ class SkipConfig:
             raise ValueError(f'method must be "skip" where nothing drops, got "{self.method}"')
         if self.rejoin_at is not None and not self.drop_at:
             raise ValueError(f"rejoin_at must be None where nothing drops, got {self.rejoin_at}")
-        if self.rejoin_at is not None and self.rejoin_at <= self.drop_at[-1]:
+        if self.cls_only_last_block and self.rejoin_at == END:
+            raise ValueError(
+                'rejoin_at must be a layer or None with cls_only_last_block, got "end": behind the '
+                "last layer there is then only the CLS row"
+            )
+        if isinstance(self.rejoin_at, int) and self.rejoin_at <= self.drop_at[-1]:
             raise ValueError(
                 f"rejoin_at must come after the last drop, in layer {self.drop_at[-1]}, "
                 f"got {self.rejoin_at}"
@@ -105,13 +138,20 @@ class SkipConfig:
         """What becomes of the patches that leave, as an object."""
         return methods.make(self.method, self.rejoin_update, "rejoin_at", self.rejoin_at)
 
+    def last_skipping(self, depth: int) -> int:
+        """The last layer that works on fewer tokens; everything comes back behind it, or nothing.
+
+        Of a model of `depth` blocks, which it is where the rejoin is at the end or never.
+        """
+        return self.rejoin_at - 1 if isinstance(self.rejoin_at, int) else depth
+
     def check_depth(self, depth: int) -> None:
         """Raise ValueError where a layer lies beyond a model of `depth` blocks."""
         for name, layer in (
             ("drop_at", max(self.drop_at, default=0)),
-            ("rejoin_at", self.rejoin_at or 0),
+            ("rejoin_at", self.rejoin_at),
         ):
-            if layer > depth:
+            if isinstance(layer, int) and layer > depth:
                 raise ValueError(f"{name} must be at most {depth}, the model's depth, got {layer}")
         if self.cls_only_last_block and depth in self.drop_at:
             raise ValueError(
@@ -139,16 +179,22 @@ class SkipConfig:
             match = _NOTATION.fullmatch(core)
             if match is None:
                 raise ValueError(f"config must read like {_EXAMPLES}, got {text!r}")
-            fields["drop_at"] = tuple(int(layer) for layer in match["layers"].split(","))
-            fields["drop_ratio"] = tuple(_parse_ratio(r, text) for r in match["ratios"].split(","))
+            ranges = [_parse_layers(part, text) for part in match["layers"].split(",")]
+            ratios = [_parse_ratio(part, text) for part in match["ratios"].split(",")]
+            if len(ratios) == len(ranges):
+                ratios = [ratio for r, ratio in zip(ranges, ratios, strict=True) for _ in r]
+            fields["drop_at"] = tuple(itertools.chain(*ranges))
+            fields["drop_ratio"] = tuple(ratios)
             rejoin = match["rejoin"] or ""
             endings = {method.ending: name for name, method in METHODS.items() if method.ending}
             if rejoin.isdecimal():
                 fields["rejoin_at"] = int(rejoin)
+            elif rejoin == END:
+                fields["rejoin_at"] = END
             elif rejoin in endings:
                 fields["method"] = endings[rejoin]
             elif rejoin:
-                known = ", ".join(f'"{ending}"' for ending in endings)
+                known = " or ".join(f'"{ending}"' for ending in (END, *endings))
                 raise ValueError(f"rejoin must be a layer or {known}, got {rejoin!r} in {text!r}")
         named = {method.option: name for name, method in METHODS.items() if method.option}
         updates = {update for method in METHODS.values() for update in method.updates} - {"none"}
@@ -162,12 +208,14 @@ class SkipConfig:
                 fields["cls_only_last_block"] = True
             elif name == "score" and value:
                 fields["scorer"] = value
+            elif name == "match" and value:
+                fields["match"] = value
             elif name == "warmup" and value.isdecimal():
                 fields["warmup_epochs"] = int(value)
             else:
                 known = ", ".join(f'"{word}"' for word in (*sorted(updates), *named, "cls"))
                 raise ValueError(
-                    f'options must be {known}, "score=random" or "warmup=15", '
+                    f'options must be {known}, "score=random", "match=keys" or "warmup=15", '
                     f"got {option!r} in {text!r}"
                 )
         if warmup_epochs is not None:
@@ -177,8 +225,9 @@ class SkipConfig:
     def __str__(self) -> str:
         text = ""
         if self.drop_at:
-            ratios = ",".join(_format_ratio(ratio) for ratio in self.drop_ratio)
-            text = f"{','.join(map(str, self.drop_at))}({ratios})"
+            ranges = list(_ranges(self.drop_at, self.drop_ratio))
+            layers = ",".join(layers for layers, _ in ranges)
+            text = f"{layers}({','.join(_format_ratio(ratio) for _, ratio in ranges)})"
         method = METHODS[self.method]
         ending = method.ending if self.rejoin_at is None else self.rejoin_at
         text += "" if ending is None else f"+{ending}"
@@ -186,6 +235,7 @@ class SkipConfig:
             *([method.option] if method.option else []),
             *([self.rejoin_update] if self.rejoin_update != "none" else []),
             *([f"score={self.scorer}"] if self.scorer else []),
+            *([f"match={self.match}"] if self.match != "tokens" else []),
             *(["cls"] if self.cls_only_last_block else []),
             *([f"warmup={self.warmup_epochs}"] if self.warmup_epochs else []),
         ]
@@ -233,17 +283,40 @@ def check_scorer(scorer: str | None, *, weighs: bool) -> None:
         )
 
 
-def num_kept(num_patches: int, drop_ratio: Fraction) -> int:
+def check_match(match: str, method: str, scorer: str | None) -> None:
+    """Raise ValueError on a name that is none, or where nothing is matched."""
+    if match not in MATCHES:
+        raise ValueError(f'match must be "tokens" or "keys", got {match!r}')
+    if match != "tokens" and method != "merge" and scorer != "similar":
+        raise ValueError(
+            'match must be "tokens", the default, where nothing is matched (method "merge", '
+            f'scorer "similar"), got {match!r}'
+        )
+
+
+def num_kept(num_patches: int, drop_ratio: Fraction | Patches) -> int:
     """ceil((1 - drop_ratio) * num_patches) on integers: keeping 45 % of 196 is 89.
 
-    In floats ceil(0.55 * 100) is 56.
+    In floats ceil(0.55 * 100) is 56. Raises ValueError where more patches are to leave than are
+    there.
     """
+    if isinstance(drop_ratio, Patches):
+        if drop_ratio.count > num_patches:
+            raise ValueError(
+                f"drop_ratio must be at most the {num_patches} patches that are there, "
+                f"got {drop_ratio}"
+            )
+        return num_patches - drop_ratio.count
     kept, whole = drop_ratio.denominator - drop_ratio.numerator, drop_ratio.denominator
     return (kept * num_patches + whole - 1) // whole
 
 
-def as_ratio(value: Ratio) -> Fraction:
-    """A share in [0, 1] as an exact fraction; 0.55 is 11/20."""
+def as_ratio(value: Ratio) -> Fraction | Patches:
+    """A share in [0, 1] as an exact fraction, 0.55 is 11/20; or a number of patches."""
+    if isinstance(value, Patches):
+        return value
+    if re.fullmatch(r"\d+p", str(value)):
+        return Patches(int(str(value)[:-1]))
     try:
         ratio = Fraction(str(value))
     except (ValueError, ZeroDivisionError):
@@ -253,18 +326,44 @@ def as_ratio(value: Ratio) -> Fraction:
     return ratio
 
 
-def _parse_ratio(part: str, text: str) -> Fraction:
+def _parse_layers(part: str, text: str) -> range:
+    """The layers of "4" or "4-7"."""
+    first, _, last = part.partition("-")
+    layers = range(int(first), int(last or first) + 1)
+    if not layers:
+        raise ValueError(f"a range of layers must ascend, got {part} in {text!r}")
+    return layers
+
+
+def _ranges(
+    layers: tuple[int, ...], ratios: tuple[Fraction | Patches, ...]
+) -> Iterator[tuple[str, Fraction | Patches]]:
+    """The layers of the notation and their ratio: three in a row or more as a range."""
+    places = enumerate(zip(layers, ratios, strict=True))
+    for (_, ratio), group in itertools.groupby(places, lambda it: (it[1][0] - it[0], it[1][1])):
+        run = [layer for _, (layer, _) in group]
+        for name in [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run):
+            yield name, ratio
+
+
+def _parse_ratio(part: str, text: str) -> Fraction | Patches:
+    if re.fullmatch(r"\d+p", part):
+        return Patches(int(part[:-1]))
     try:
         ratio = Fraction(part.removesuffix("%")) / (100 if part.endswith("%") else 1)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f'ratios must read like "55%", got {part!r} in {text!r}') from None
+        raise ValueError(
+            f'ratios must read like "55%" or "13p", got {part!r} in {text!r}'
+        ) from None
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratios must lie between 0% and 100%, got {part} in {text!r}")
     return ratio
 
 
-def _format_ratio(ratio: Fraction) -> str:
-    """As a percentage where a decimal holds it exactly, else as a fraction."""
+def _format_ratio(ratio: Fraction | Patches) -> str:
+    """As a percentage where a decimal holds it exactly, else as a fraction; or the number."""
+    if isinstance(ratio, Patches):
+        return str(ratio)
     denominator = ratio.denominator
     for prime in (2, 5):
         while denominator % prime == 0:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from skipvit_kernels.skipping import families
 from skipvit_kernels.skipping.config import SkipConfig
-from skipvit_kernels.skipping.families import Context
+from skipvit_kernels.skipping.families import Attended, Context, Family
+from skipvit_kernels.skipping.methods import Reduced
 from skipvit_kernels.skipping.patch import is_patched, patch, unpatch
-from skipvit_kernels.skipping.run import Drop, Layer, Run, run_layers
+from skipvit_kernels.skipping.run import Drop
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -46,21 +47,24 @@ def sliced(model: nn.Module, config: SkipConfig | str) -> nn.Module:
         unpatch(model)
     patch(model, config, warmup_epochs=0)
     blocks: Any = families.of(model).blocks(model)
-    blocks.skip = sliced_run
+    blocks.drops = {layer: Slice(**vars(drop)) for layer, drop in blocks.drops.items()}
     return model
 
 
-def sliced_run(x: Tensor, first: Layer, drop: Drop, others: Run, contexts: list[Context]) -> Tensor:
-    """`skip_run` with the selection for free; what a method does at the rejoin is routing too."""
-    context = contexts[first.context]
-    num_patches = x.shape[1] - drop.num_prefix_tokens
-    num_left = drop.method.num_left(num_patches, drop.num_keep(x.shape[1]))
-    rows = drop.num_prefix_tokens + num_left
-    x = first.family.attend(first.block, x, context).x
-    # Two slices by one split: its backward is one copy, theirs would be two and a sum.
-    kept, skipped = x.split([rows, x.shape[1] - rows], dim=1)
-    tokens = first.family.feed(first.block, kept)
-    index = torch.arange(rows, device=x.device).expand(len(x), -1)
-    inner = [first.family.narrow(context, index, drop.num_prefix_tokens) for context in contexts]
-    tokens = run_layers(tokens, others, inner, sliced_run)
-    return torch.cat([tokens, skipped], dim=1) if drop.rejoin else tokens
+class Slice(Drop):
+    """A drop with the selection for free; what a method does at the rejoin is routing too."""
+
+    def reduce(self, family: type[Family], attended: Attended, context: Context) -> Reduced:
+        x, prefix = attended.x, self.num_prefix_tokens
+        num_left = self.method.num_left(x.shape[1] - prefix, self.num_keep(x.shape[1]))
+        rows = prefix + num_left
+        # Two slices by one split: its backward is one copy, theirs would be two and a sum.
+        kept, skipped = x.split([rows, x.shape[1] - rows], dim=1)
+        index = torch.arange(rows, device=x.device).expand(len(x), -1)
+        sizes = None
+        if self.method.sizes and num_left < x.shape[1] - prefix:
+            sizes = torch.ones(len(x), rows, device=x.device)
+        return Reduced(kept, index, sizes, memo=skipped)
+
+    def restore(self, x: Tensor, left: Reduced, tokens: Tensor) -> Tensor:
+        return torch.cat([tokens, left.memo], dim=1)

@@ -7,16 +7,22 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from skipvit_kernels.skipping import cls_only, families
-from skipvit_kernels.skipping.config import SkipConfig
+from skipvit_kernels.skipping.config import SkipConfig, num_kept
 from skipvit_kernels.skipping.families import Family
-from skipvit_kernels.skipping.run import Drop, check_blocks, skip_run
-from skipvit_kernels.skipping.sequence import SkipModuleList, Skipping, SkipRecord, SkipSequential
+from skipvit_kernels.skipping.run import Drop, check_blocks
+from skipvit_kernels.skipping.sequence import (
+    SkipModuleList,
+    Skipping,
+    SkipRecord,
+    SkipSequential,
+    Tapped,
+)
 
-# Methods by which a model that calls its blocks itself hands out what is between them.
-_TAPS = ("forward_intermediates", "get_intermediate_layers")
+_TAP = "forward_intermediates"
 _SKIPPING: dict[type, type] = {nn.Sequential: SkipSequential, nn.ModuleList: SkipModuleList}
 
 
@@ -62,22 +68,22 @@ def patch(
     blocks: Any = family.blocks(model)
     scorer, prefix = config.scorer or family.scorer(model), family.num_prefix_tokens(model)
     method, rejoins = config.make_method(), config.rejoin_at is not None
+    taps = [name for name, module in model._modules.items() if module is blocks]
+    if taps and hasattr(model, _TAP):
+        vars(model)[_TAP] = Tapped(model, taps[0])
     blocks.__class__ = _SKIPPING[type(blocks)]
     blocks.family = family
     blocks.config = config
     blocks.drops = {
-        layer: Drop(ratio, prefix, scorer, method, rejoins)
+        layer: Drop(ratio, prefix, scorer, config.match, method, rejoins)
         for layer, ratio in zip(config.drop_at, config.drop_ratio, strict=True)
     }
+    blocks.num_prefix_tokens = prefix
     blocks.num_head_tokens = family.num_head_tokens(model)
     blocks.dropping = config.warmup_epochs == 0
-    blocks.recorder = None
-    blocks.skip = skip_run
+    blocks.recorder = blocks.keep = None
     for layer in (*config.drop_at, *([len(blocks)] if config.cls_only_last_block else [])):
         blocks[layer - 1].register_forward_pre_hook(_DirectCall(blocks, layer))
-    if config.drop_at and isinstance(blocks, SkipModuleList):
-        for name in _TAPS:
-            vars(model)[name] = _Refusal(name, config)
     return model
 
 
@@ -101,9 +107,8 @@ def check(model: nn.Module, config: SkipConfig) -> type[Family]:
             f"model.blocks must be an nn.Sequential or nn.ModuleList, got {type(blocks).__name__}"
         )
     config.check_depth(len(blocks))
-    end = None if config.rejoin_at is None else config.rejoin_at - 1
     for layer in config.drop_at[:1]:
-        check_blocks(list(blocks)[layer - 1 : end])
+        check_blocks(list(blocks)[layer - 1 : config.last_skipping(len(blocks))])
     if config.cls_only_last_block:
         check_blocks([blocks[-1]])
         if reason := family.reads_more(model) or family.needs_whole(blocks[-1]):
@@ -120,9 +125,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     for blocks in _patched(model, "unpatch"):
         for module in model.modules():
             cls_only.undo(module)
-            for name in _TAPS:
-                if isinstance(vars(module).get(name), _Refusal):
-                    delattr(module, name)
+            if isinstance(vars(module).get(_TAP), Tapped):
+                delattr(module, _TAP)
         for block in blocks._modules.values():
             hooks = block._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if isinstance(hook, _DirectCall)]:
@@ -189,11 +193,56 @@ def record_skips(model: nn.Module) -> Iterator[list[SkipRecord]]:
             blocks.recorder = recorder
 
 
+@contextlib.contextmanager
+def keep_patches(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Never drop the patches of a mask in the forwards inside the context.
+
+        with sk.keep_patches(model, mask):    # (B, n) bool, True: stays
+            model(images)
+
+    They stay whatever their scores; the others are chosen among as before. Of nested contexts the
+    innermost holds.
+
+    Args:
+        model: patched.
+        mask: (B, n) bool, the patches of each image, on the model's device.
+
+    Raises:
+        ValueError: where the model is not patched, or the mask has another dtype or shape, or keeps
+            more patches of an image than a drop leaves.
+    """
+    patched = _patched(model, "keep_patches")
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ValueError(
+            f"mask must be a bool tensor of shape (B, n), got {mask.dtype} {tuple(mask.shape)}"
+        )
+    asked = int(mask.sum(dim=1).max()) if mask.numel() else 0
+    for blocks in patched:
+        left, leaves = mask.shape[1], []
+        for layer, drop in blocks.drops.items():
+            leaves.append((num_kept(left, drop.drop_ratio), layer))
+            left = drop.method.num_left(left, leaves[-1][0])
+        num_keep, layer = min(leaves, default=(asked, 0))
+        if asked > num_keep:
+            raise ValueError(
+                f"mask must keep at most {num_keep} patches of an image, what layer {layer} leaves "
+                f"under {blocks.config}, got {asked}: a smaller mask, or a smaller drop_ratio"
+            )
+    outer = [blocks.keep for blocks in patched]
+    for blocks in patched:
+        blocks.keep = mask
+    try:
+        yield
+    finally:
+        for blocks, keep in zip(patched, outer, strict=True):
+            blocks.keep = keep
+
+
 class _DirectCall:
     """Refuse a block that drops, or a CLS-only last one, outside the patched `model.blocks`.
 
-    forward_intermediates and attention masks make timm loop over the blocks themselves: they would
-    run without skipping, and nobody would notice.
+    Attention masks make timm loop over the blocks themselves: they would run without skipping, and
+    nobody would notice.
     """
 
     def __init__(self, blocks: Skipping, layer: int) -> None:
@@ -206,23 +255,9 @@ class _DirectCall:
             does = "drops tokens" if drops else "computes only what the head reads"
             raise RuntimeError(
                 f"layer {self.layer} {does} ({config}) and can only run inside the patched "
-                "model.blocks: attn_mask, is_causal, forward_intermediates and calls of single "
-                "blocks need unpatch(model) first"
+                "model.blocks: attn_mask, is_causal and calls of single blocks need "
+                "unpatch(model) first"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Refusal:
-    """In the place of a method that would look at tokens between a drop and its rejoin."""
-
-    name: str
-    config: SkipConfig
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(
-            f"{self.name} looks at the tokens between blocks, and {self.config} has dropped some "
-            "there: it needs unpatch(model) first"
-        )
 
 
 def _patched(model: nn.Module, caller: str) -> list[Any]:

@@ -28,7 +28,7 @@ def scaled(config: str, depth: int) -> str:
         dataclasses.replace(
             parsed,
             drop_at=tuple(map(layer, parsed.drop_at)),
-            rejoin_at=None if rejoin is None else layer(rejoin),
+            rejoin_at=layer(rejoin) if isinstance(rejoin, int) else rejoin,
         )
     )
 

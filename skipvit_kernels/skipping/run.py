@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipvit_kernels.skipping import families, methods, scorers
-from skipvit_kernels.skipping.config import Ratio, as_ratio, check_scorer, num_kept
-from skipvit_kernels.skipping.families import Context, Family
+from skipvit_kernels.skipping.config import (
+    Patches,
+    Ratio,
+    as_ratio,
+    check_match,
+    check_scorer,
+    num_kept,
+)
+from skipvit_kernels.skipping.families import Attended, Context, Family
 from skipvit_kernels.skipping.methods import Candidates, Method, Reduced
 
 
-class Drop(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Drop:
     """What a layer drops: how much, who stays, what becomes of the others."""
 
-    ratio: Fraction
+    drop_ratio: Fraction | Patches
     num_prefix_tokens: int
     scorer: str
+    match: str
     method: Method
     rejoin: bool
 
     def num_keep(self, num_tokens: int) -> int:
-        return num_kept(num_tokens - self.num_prefix_tokens, self.ratio)
+        return num_kept(num_tokens - self.num_prefix_tokens, self.drop_ratio)
+
+    def reduce(self, family: type[Family], attended: Attended, context: Context) -> Reduced:
+        """Take the tokens out that go on, of a block after its attention."""
+        prefix, num_keep = self.num_prefix_tokens, self.num_keep(attended.x.shape[1])
+        alike = attended.x if self.match == "tokens" else attended.k
+        scores = scorers.score(
+            self.scorer, family, attended, alike, num_keep, prefix, trained=self.method.weighs
+        )
+        if context.keep is not None:
+            # NaN ranks above every number; what was NaN ranks below those that must stay.
+            keep = context.keep[:, prefix:]
+            keep = keep if scores.dim() == 2 else keep[:, None]
+            scores = scores.nan_to_num(torch.inf, torch.inf, -torch.inf).masked_fill(
+                keep, torch.nan
+            )
+        seen = Candidates(attended.x, alike, scores, num_keep, prefix, context.sizes)
+        return self.method.reduce(seen)
+
+    def restore(self, x: Tensor, left: Reduced, tokens: Tensor) -> Tensor:
+        """x (B, N, C), with what the tokens that went on have become put back."""
+        return self.method.restore(x, left, tokens, self.num_prefix_tokens)
 
 
 class Layer(NamedTuple):
     """A block, and what it does beside attending and feeding.
 
     Attributes:
-        drop: what it drops; everything behind it in the run works on what is left.
+        drop: what it drops; the layers behind it work on what is left.
+        ends: how many drops end behind it: what they took out comes back, the last one's first.
         num_rows: of a last block of which only the first rows are wanted, how many.
         context: the place in the run's contexts of what this block is given beside the tokens.
     """
@@ -39,69 +73,92 @@ class Layer(NamedTuple):
     family: type[Family]
     block: Any
     drop: Drop | None = None
+    ends: int = 0
     num_rows: int | None = None
     context: int = 0
 
+    @property
+    def special(self) -> bool:
+        """Whether it does more, or less, than its block."""
+        return self.drop is not None or self.num_rows is not None
 
-# A run: layers, and among them runs of their own, which end before it does.
-Run = Sequence[Any]
+
+class Stage(NamedTuple):
+    """A drop that has not ended: what its end puts back, and the contexts before it."""
+
+    layer: Layer
+    drop: Drop
+    x: Tensor
+    left: Reduced
+    contexts: list[Context]
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        return self.drop.restore(self.x, self.left, tokens)
+
+    def narrow(self, context: Context) -> Context:
+        """A context of the tokens before the drop, for those behind it."""
+        prefix, sizes = self.drop.num_prefix_tokens, self.left.sizes
+        if sizes is not None:
+            context = context._replace(sizes=None)
+        inner = self.layer.family.narrow(context, self.left.kept, prefix)
+        if context.keep is not None:
+            added = self.left.tokens.shape[1] - self.left.kept.shape[1]
+            keep = context.keep.gather(1, self.left.kept)
+            inner = inner._replace(keep=F.pad(keep, (0, added), value=False))
+        return inner if sizes is None else inner._replace(sizes=sizes)
 
 
-def run_layers(
-    x: Tensor, layers: Run, contexts: list[Context], skip: Callable[..., Tensor] | None = None
-) -> Tensor:
-    """Layers one after the other: (B, N, C) in; (B, N, C) out, or what an open end leaves of it.
+def run_layers(x: Tensor, layers: Iterable[Layer], contexts: list[Context]) -> Tensor:
+    """Layers one after the other: (B, N, C) in; (B, N, C) out, or what is left where none ends.
 
     Args:
         x: (B, N, C) tokens.
-        layers: the run; from its first drop to its end it is `skip`'s.
+        layers: the run.
         contexts: what blocks are given beside the tokens.
-        skip: what a drop does; default `skip_run`, the other is the floor's.
     """
-    skip = skip or skip_run
-    for at, layer in enumerate(layers):
-        if not isinstance(layer, Layer):
-            x = run_layers(x, layer, contexts, skip)
-        elif layer.drop is not None:
-            return skip(x, layer, layer.drop, layers[at + 1 :], contexts)
-        elif layer.num_rows is not None:
-            context = contexts[layer.context]
-            x = layer.family.attend_rows(layer.block, x, context, layer.num_rows)
-            x = layer.family.feed(layer.block, x)
-        else:
-            x = layer.family.call(layer.block, x, contexts[layer.context])
+    stages: list[Stage] = []
+    for layer in layers:
+        x, contexts = run_layer(x, layer, contexts, stages)
     return x
 
 
-def skip_run(x: Tensor, first: Layer, drop: Drop, others: Run, contexts: list[Context]) -> Tensor:
-    """A layer that drops, and the others on what it leaves; then, as configured, the rejoin."""
-    x, left = _reduce(x, first, drop, contexts[first.context])
-    inner = [_narrow(context, first.family, left, drop.num_prefix_tokens) for context in contexts]
-    tokens = run_layers(first.family.feed(first.block, left.tokens), others, inner)
-    if not drop.rejoin:
-        return tokens
-    return drop.method.restore(x, left, tokens, drop.num_prefix_tokens)
+def run_layer(
+    x: Tensor,
+    layer: Layer,
+    contexts: list[Context],
+    stages: list[Stage],
+    *,
+    keep_all: bool = False,
+) -> tuple[Tensor, list[Context]]:
+    """One layer, and the contexts of the next; drops that will end are kept in `stages`.
+
+    Those too that never will, with `keep_all`.
+    """
+    family, block, context = layer.family, layer.block, contexts[layer.context]
+    if layer.drop is not None:
+        # Keys and scores end with this call: they would be held through the run.
+        stage = _drop(x, layer, layer.drop, contexts)
+        contexts = [stage.narrow(context) for context in contexts]
+        x = family.feed(block, stage.left.tokens)
+        if layer.drop.rejoin or keep_all:
+            stages.append(stage)
+    elif layer.num_rows is not None:
+        x = family.feed(block, family.attend_rows(block, x, context, layer.num_rows))
+    else:
+        x = family.call(block, x, context)
+    for _ in range(layer.ends):
+        stage = stages.pop()
+        x, contexts = stage.restore(x), stage.contexts
+    return x, contexts
 
 
-def _reduce(x: Tensor, layer: Layer, drop: Drop, context: Context) -> tuple[Tensor, Reduced]:
-    """x after the layer's attention, and what goes on of it. Keys and scores end with this call."""
+def _drop(x: Tensor, layer: Layer, drop: Drop, contexts: list[Context]) -> Stage:
+    context = contexts[layer.context]
     attended = layer.family.attend(layer.block, x, context)
-    prefix, method = drop.num_prefix_tokens, drop.method
-    scores = scorers.score(drop.scorer, layer.family, attended, prefix, trained=method.weighs)
-    num_keep = drop.num_keep(x.shape[1])
-    left = method.reduce(
-        Candidates(attended.x, attended.k, scores, num_keep, prefix, context.sizes)
-    )
+    left = drop.reduce(layer.family, attended, context)
     if context.record is not None:
-        context.record(left.kept, left.tokens.shape[1])
-    return attended.x, left
-
-
-def _narrow(context: Context, family: type[Family], left: Reduced, num_prefix: int) -> Context:
-    if left.sizes is None:
-        return family.narrow(context, left.kept, num_prefix)
-    inner = family.narrow(context._replace(sizes=None), left.kept, num_prefix)
-    return inner._replace(sizes=left.sizes)
+        context.record(left)
+    return Stage(layer, drop, attended.x, left, contexts)
 
 
 class SkipBlock(nn.Module):
@@ -117,18 +174,22 @@ class SkipBlock(nn.Module):
         blocks: of one known family, whose own parts are called (timm ViT `Block`s); the ones after
             the first may be SkipBlocks. They are given what the SkipBlock is called with beside
             the tokens, for the tokens that they see.
-        drop_ratio: share of the patches to skip, in [0, 1]; ceil(kept share) of them stay.
+        drop_ratio: share of the patches to skip, in [0, 1]; ceil(kept share) of them stay; or
+            their number, "13p".
         num_prefix_tokens: P, the leading tokens that are never dropped; the first is CLS.
-        method: "skip", or "fuse" for EViT's token that sums up the dropped ones.
+        method: "skip", "fuse" for EViT's token that sums up the dropped ones, or "merge".
         rejoin: put the skipped patches back at the end. Not with method "fuse".
         rejoin_update: "none": they return as they left; "mean": moved by the mean movement of their
             image's kept patches.
         scorer: who says which patches stay, as in `SkipConfig`; default "cls", or "mean" where
             there are no prefix tokens.
+        match: by what two patches are alike, as in `SkipConfig`.
 
     Raises:
         ValueError: on a block that is not known, or settings that contradict each other.
     """
+
+    drop: Drop
 
     def __init__(
         self,
@@ -140,6 +201,7 @@ class SkipBlock(nn.Module):
         rejoin: bool = True,
         rejoin_update: str = "none",
         scorer: str | None = None,
+        match: str = "tokens",
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -152,22 +214,33 @@ class SkipBlock(nn.Module):
             )
         chosen = methods.make(method, rejoin_update, "rejoin", rejoin)
         check_scorer(scorer, weighs=chosen.weighs)
-        self.drop = Drop(as_ratio(drop_ratio), num_prefix_tokens, scorer, chosen, rejoin)
+        check_match(match, method, scorer)
+        open_ended = any(isinstance(b, SkipBlock) and not b.drop.rejoin for b in self.blocks)
+        if rejoin and open_ended:
+            raise ValueError(
+                "rejoin must be False around a SkipBlock that does not rejoin, got True: what it "
+                "drops does not come back"
+            )
+        ratio = as_ratio(drop_ratio)
+        self.drop = Drop(ratio, num_prefix_tokens, scorer, match, chosen, rejoin)
 
-    def layers(self) -> Run:
+    def layers(self) -> list[Layer]:
         """The run, read off the modules at every call: a replica's are its own."""
         first, *others = self.blocks
-        return [
-            Layer(self.family, first, self.drop),
-            *(b.layers() if isinstance(b, SkipBlock) else Layer(self.family, b) for b in others),
-        ]
+        layers = [Layer(self.family, first, self.drop)]
+        for block in others:
+            if isinstance(block, SkipBlock):
+                layers += block.layers()
+            else:
+                layers.append(Layer(self.family, block))
+        layers[-1] = layers[-1]._replace(ends=layers[-1].ends + self.drop.rejoin)
+        return layers
 
     def forward(self, x: Tensor, **arguments: Any) -> Tensor:
         return run_layers(x, self.layers(), [Context(arguments)])
 
     def extra_repr(self) -> str:
-        ratio, *others = self.drop._asdict().items()
-        return ", ".join(f"{name}={value}" for name, value in (("drop_ratio", ratio[1]), *others))
+        return ", ".join(f"{name}={value}" for name, value in vars(self.drop).items())
 
 
 def check_blocks(blocks: Iterable[Any]) -> type[Family]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipvit_kernels.skipping.config import SkipConfig
 from skipvit_kernels.skipping.families import Context, Family
-from skipvit_kernels.skipping.run import Drop, Layer, Run, run_layers
+from skipvit_kernels.skipping.methods import METHODS, Reduced
+from skipvit_kernels.skipping.run import Drop, Layer, Stage, run_layer, run_layers
 
 
 class Skipping(nn.Module):
@@ -26,48 +30,75 @@ class Skipping(nn.Module):
     family: type[Family]
     config: SkipConfig
     drops: dict[int, Drop]  # by layer
+    num_prefix_tokens: int
     num_head_tokens: int
     dropping: bool
     recorder: list[SkipRecord] | None
-    skip: Callable[..., Tensor]  # what a layer that drops does: `skip_run`, or the floor's
+    keep: Tensor | None  # (B, n) bool: patches that must not be dropped
 
-    def runs(self) -> tuple[list[Layer], list[Layer]]:
-        """The layers before the rejoin, and those from it on."""
+    def layers(self) -> list[Layer]:
+        """What the blocks do at present."""
         layers = [Layer(self.family, block) for block in self._modules.values()]
         if self.config.cls_only_last_block:
             layers[-1] = layers[-1]._replace(num_rows=self.num_head_tokens)
-        for at, drop in self.drops.items() if self.dropping else ():
-            layers[at - 1] = layers[at - 1]._replace(drop=drop)
-        end = len(layers) if self.config.rejoin_at is None else self.config.rejoin_at - 1
-        return layers[:end], layers[end:]
+        if self.dropping and self.drops:
+            for at, drop in self.drops.items():
+                layers[at - 1] = layers[at - 1]._replace(drop=drop)
+            end = self.config.last_skipping(len(layers)) - 1
+            layers[end] = layers[end]._replace(ends=sum(d.rejoin for d in self.drops.values()))
+        return layers
 
-    def execute(self, x: Tensor, layers: Run, contexts: list[Context]) -> Tensor:
-        """`run_layers`, recorded where somebody does."""
-        drops: list[tuple[Tensor, int]] = []
-        if self.recorder is not None and self.dropping:
-            contexts = [c._replace(record=lambda *drop: drops.append(drop)) for c in contexts]
-        num_tokens = x.shape[1]
-        x = run_layers(x, layers, contexts, self.skip)
-        if drops and self.recorder is not None:
-            self.recorder.append(SkipRecord.compose(self.config, drops, num_tokens))
-        return x
+    def parts(self) -> Iterator[list[Layer]]:
+        """The layers, cut into what runs on its own: single ones, and from a drop to its end."""
+        part: list[Layer] = []
+        open_drops = 0
+        for layer in self.layers():
+            part.append(layer)
+            open_drops += (layer.drop is not None) - layer.ends
+            if not open_drops:
+                yield part
+                part = []
+        if part:
+            yield part
+
+    def told(self) -> Callable[[int], Context]:
+        """What a forward that begins now tells its blocks beside the tokens, by their number.
+
+        Also when it is recomputed in a backward, outside of `keep_patches`.
+        """
+        dropping = self.dropping
+        keep, recorder = (self.keep, self.recorder) if dropping else (None, None)
+        return functools.partial(_context, self.config, self.num_prefix_tokens, keep, recorder)
+
+
+def _context(
+    config: SkipConfig,
+    num_prefix_tokens: int,
+    keep: Tensor | None,
+    recorder: list[SkipRecord] | None,
+    num_tokens: int,
+) -> Context:
+    if keep is not None:
+        if keep.shape[1] != num_tokens - num_prefix_tokens:
+            raise ValueError(
+                f"mask must have shape (B, {num_tokens - num_prefix_tokens}), the patches of an "
+                f"image, got {tuple(keep.shape)}"
+            )
+        keep = F.pad(keep, (num_prefix_tokens, 0), value=False)
+    record = None if recorder is None else _Recording(config, recorder, num_tokens)
+    return Context(keep=keep, record=record)
 
 
 class SkipSequential(Skipping, nn.Sequential):
     """Blocks that the model calls as one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        head, tail = self.runs()
-        # In one call: between two the tokens of the first would be held through the second.
-        return self.execute(x, [head, *tail], [Context()])
+        return run_layers(x, self.layers(), [self.told()(x.shape[1])])
 
     def children(self) -> Iterator[nn.Module]:
         """Modules to run in turn: timm's gradient checkpointing runs the children one by one."""
-        for layers in self.runs():
-            special = first_special(layers)
-            yield from (layer.block for layer in layers[:special])
-            if special < len(layers):
-                yield _Part(layers[special:], self.skip)
+        for part in self.parts():
+            yield _Part(self, part) if part[0].special else part[0].block
 
     def __getitem__(self, idx: Any) -> Any:
         if isinstance(idx, slice):
@@ -81,47 +112,44 @@ class SkipModuleList(Skipping, nn.ModuleList):
     """Blocks that the model calls itself, one by one, each with arguments of its own.
 
     A run is executed in the turn of its last layer, when what all its blocks are given is known; in
-    the turns before that one the tokens pass.
+    the turns before that one the tokens pass. So a run is one call, that can be recomputed.
     """
 
     def __iter__(self) -> Iterator[Any]:
-        for layers in self.runs():
-            special = first_special(layers)
-            yield from (layer.block for layer in layers[:special])
-            run = layers[special:]
-            given: list[dict[str, Any]] = [{} for _ in run]
-            yield from (_Turn(self, run, given, at) for at in range(len(run)))
+        for part in self.parts():
+            given: list[dict[str, Any]] = [{} for _ in part]
+            told = self.told()
+            turns = (_Turn(told, part, given, at) for at in range(len(part)))
+            yield from turns if part[0].special else (part[0].block,)
 
     def __getitem__(self, idx: Any) -> Any:
         blocks = list(self._modules.values())[idx]
         return nn.ModuleList(blocks) if isinstance(idx, slice) else blocks
 
 
-def first_special(layers: list[Layer]) -> int:
-    """The place of the first layer that does not just run its block; their number if all do."""
-    special = (at for at, (_, _, drop, rows, _) in enumerate(layers) if drop or rows is not None)
-    return next(special, len(layers))
-
-
 class _Part(nn.Module):
     """Layers of a patched model as one module, for as long as a step takes."""
 
-    def __init__(self, layers: list[Layer], skip: Callable[..., Tensor]) -> None:
+    def __init__(self, blocks: Skipping, layers: list[Layer]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(layer.block for layer in layers)
-        self.layers, self.skip = layers, skip
+        self.layers, self.told = layers, blocks.told()
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_layers(x, self.layers, [Context()], self.skip)
+        return run_layers(x, self.layers, [self.told(x.shape[1])])
 
 
 class _Turn:
     """One layer of a run, as the model that calls its blocks itself sees it."""
 
     def __init__(
-        self, blocks: Skipping, run: list[Layer], given: list[dict[str, Any]], at: int
+        self,
+        told: Callable[[int], Context],
+        run: list[Layer],
+        given: list[dict[str, Any]],
+        at: int,
     ) -> None:
-        self.blocks, self.run, self.given, self.at = blocks, run, given, at
+        self.told, self.run, self.given, self.at = told, run, given, at
 
     def __call__(self, x: Tensor, **arguments: Any) -> Tensor:
         given = self.given
@@ -130,12 +158,90 @@ class _Turn:
             return x
         first = given[0]
         shared = all(value is first[name] for each in given for name, value in each.items())
-        contexts = [Context(each) for each in (given[:1] if shared else given)]
+        context = self.told(x.shape[1])
+        contexts = [context._replace(arguments=each) for each in (given[:1] if shared else given)]
         run = [layer._replace(context=0 if shared else at) for at, layer in enumerate(self.run)]
-        return self.blocks.execute(x, run, contexts)
+        return run_layers(x, run, contexts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.run[self.at].block, name)
+
+
+class Tapped:
+    """forward_intermediates of a patched model: what every block gives, in full length.
+
+    Between a drop and its rejoin the tokens are put back for the look as they would be there; the
+    blocks go on with the kept ones. timm's own method runs, on the model with other blocks.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        blocks = getattr(self.model, self.name)
+        ending = METHODS[blocks.config.method].ending
+        if ending is not None and blocks.dropping:
+            raise RuntimeError(
+                f"forward_intermediates gives every token, and under {blocks.config} {ending} "
+                "tokens never rejoin: it needs unpatch(model) first"
+            )
+        view = copy.copy(self.model)
+        state: Any = vars(view)
+        del state["forward_intermediates"]
+        state["_modules"] = {**state["_modules"], self.name: _taps(blocks)}
+        # What is between two blocks is not recomputed.
+        state["grad_checkpointing"] = False
+        return view.forward_intermediates(*args, **kwargs)
+
+
+def _taps(blocks: Skipping) -> list[_Tap]:
+    run = _TappedRun(blocks)
+    return [_Tap(run, layer) for layer in blocks.layers()]
+
+
+class _TappedRun:
+    """The tokens that the blocks work on, while others look at all of them."""
+
+    def __init__(self, blocks: Skipping) -> None:
+        self.config, self.told = blocks.config, blocks.told()
+        self.context: Context | None = None
+        self.stages: list[Stage] = []
+        self.tokens: Tensor | None = None
+        self.shown: Tensor | None = None
+
+    def step(self, layer: Layer, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """One layer on all tokens x (B, N, C), and all of them behind it."""
+        if self.context is None:
+            self.context = self.told(x.shape[1])
+        context = self.context._replace(arguments=arguments)
+        if self.stages and x is not self.shown:
+            raise RuntimeError(
+                "between a drop and its rejoin a block must be given what the block before it "
+                f"gave ({self.config}), got other tokens: this needs unpatch(model) first"
+            )
+        tokens = x if self.tokens is None or not self.stages else self.tokens
+        for stage in self.stages:
+            context = stage.narrow(context)
+        if layer.num_rows is not None:
+            layer = layer._replace(num_rows=tokens.shape[1])
+        tokens, _ = run_layer(tokens, layer, [context], self.stages, keep_all=True)
+        self.tokens = self.shown = tokens
+        for stage in reversed(self.stages):
+            self.shown = stage.restore(self.shown)
+        return self.shown
+
+
+class _Tap:
+    """One layer, as a model sees it that looks at what is between its blocks."""
+
+    def __init__(self, run: _TappedRun, layer: Layer) -> None:
+        self.run, self.layer = run, layer
+
+    def __call__(self, x: Tensor, **arguments: Any) -> Tensor:
+        return self.run.step(self.layer, x, arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer.block, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,28 +253,59 @@ class SkipRecord:
         indices: one (B, P + K) int64 tensor per drop: the token positions, in the numbering of the
             full sequence, that the layers after it worked on; -1 is a fused token.
         num_tokens: N of the full sequence, prefix tokens included.
+        owners: one (B, N) int64 tensor per drop of a method that merges: the place, in that drop's
+            index, of the token that each of the full sequence went into.
     """
 
     config: SkipConfig
     indices: tuple[Tensor, ...]
     num_tokens: int
+    owners: tuple[Tensor, ...] = ()
 
     @classmethod
-    def compose(
-        cls, config: SkipConfig, drops: list[tuple[Tensor, int]], num_tokens: int
-    ) -> SkipRecord:
-        """From each drop's index among the tokens before it, and the number of tokens behind it."""
-        composed: list[Tensor] = []
+    def compose(cls, config: SkipConfig, drops: list[Reduced], num_tokens: int) -> SkipRecord:
+        """From what each drop left of the tokens before it."""
+        indices: list[Tensor] = []
+        owners: list[Tensor] = []
         before: Tensor | None = None
-        for index, num_left in drops:
+        for left in drops:
+            index, owner = left.kept, left.owner
             if before is not None:
                 index = before.gather(1, index)
-            composed.append(index)
-            before = torch.nn.functional.pad(index, (0, num_left - index.shape[1]), value=-1)
-        return cls(config, tuple(composed), num_tokens)
+            if owner is not None:
+                owners.append(owner.gather(1, owners[-1]) if owners else owner)
+            indices.append(index)
+            before = F.pad(index, (0, left.tokens.shape[1] - index.shape[1]), value=-1)
+        return cls(config, tuple(indices), num_tokens, tuple(owners))
 
     def kept(self, drop: int = -1) -> Tensor:
         """(B, N) bool: the tokens that were kept in the given drop; default the last."""
         index = self.indices[drop]
         kept = torch.zeros(len(index), self.num_tokens + 1, dtype=torch.bool, device=index.device)
         return kept.scatter(1, index % (self.num_tokens + 1), True)[:, :-1]
+
+    def owner(self, drop: int = -1) -> Tensor:
+        """(B, N) int64: the position of the token that each was in after the drop.
+
+        Its own for one that was kept; of merged ones that of the kept patch which they went into,
+        and -1 for one that passed the layers by.
+        """
+        if self.owners:
+            return self.indices[drop].gather(1, self.owners[drop])
+        kept = self.kept(drop)
+        return torch.where(kept, torch.arange(self.num_tokens, device=kept.device), -1)
+
+
+class _Recording:
+    """One forward's drops, one by one; the last makes them a record."""
+
+    def __init__(self, config: SkipConfig, records: list[SkipRecord], num_tokens: int) -> None:
+        self.config, self.records, self.num_tokens = config, records, num_tokens
+        self.drops: list[Reduced] = []
+
+    def __call__(self, left: Reduced) -> None:
+        # Without the tokens: a record would hold what each drop left, with its graph.
+        self.drops.append(left._replace(tokens=left.tokens[..., :0].detach(), memo=None))
+        if len(self.drops) == len(self.config.drop_at):
+            record = SkipRecord.compose(self.config, self.drops, self.num_tokens)
+            self.records.append(record)

@@ -115,7 +115,7 @@ def test_it_stays_on_during_the_warm_up(images):
     assert rows == [1, 1]
     sk.set_epoch(model, 0)
     with pytest.raises(RuntimeError, match="layer 12 computes only what the head reads"):
-        model.forward_intermediates(images)
+        model.blocks[-1](torch.randn(1, 37, 48))
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -259,8 +259,6 @@ def test_callers_that_want_other_tokens_are_refused(images):
     with pytest.raises(RuntimeError, match="forward_features gives every token, and cls_only"):
         model.forward_features(images)
     for call in (
-        lambda: model.forward_intermediates(images),
-        lambda: model.get_intermediate_layers(images),
         lambda: model(images, attn_mask=torch.ones(37, 37, dtype=torch.bool)),
         lambda: model.blocks[-1](torch.randn(1, 37, 48)),
     ):

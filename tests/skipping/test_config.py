@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import skipvit_kernels as sk
-from skipvit_kernels.skipping.config import num_kept
+from skipvit_kernels.skipping.config import Patches, num_kept
 
 # Table 1 of SkipViT: tokens in the MLPs of blocks 1..12, CLS included, and GMACs of ViT-S/16.
 TABLE_1 = {
@@ -96,13 +96,18 @@ ratios = st.fractions(0, 1, max_denominator=1000) | st.decimals(0, 1, places=4).
 @st.composite
 def configs(draw):
     layers = sorted(draw(st.sets(st.integers(1, 48), max_size=4)))
+    if draw(st.booleans()):  # ranges
+        layers = sorted(
+            {layer + more for layer in layers for more in range(draw(st.integers(1, 5)))}
+        )
+    amounts = st.sampled_from([draw(ratios), draw(st.integers(0, 40).map(Patches))])
     method = draw(st.sampled_from(["skip", "fuse"])) if layers else "skip"
     rejoin = None
     if layers and method == "skip":
-        rejoin = draw(st.none() | st.integers(layers[-1] + 1, 60))
+        rejoin = draw(st.none() | st.just("end") | st.integers(layers[-1] + 1, 60))
     return sk.SkipConfig(
         layers,
-        [draw(ratios) for _ in layers],
+        [draw(ratios | amounts) for _ in layers],
         rejoin_at=rejoin,
         method=method,
         rejoin_update=draw(st.sampled_from(["none", "mean"])) if rejoin else "none",
@@ -110,8 +115,22 @@ def configs(draw):
             st.sampled_from([None, "cls", "mean"] + ["norm", "random"] * (method != "fuse"))
         ),
         warmup_epochs=draw(st.integers(0, 300)),
-        cls_only_last_block=draw(st.booleans()),
+        cls_only_last_block=draw(st.booleans()) and rejoin != "end",
     )
+
+
+def test_ranges_and_counts():
+    config = sk.SkipConfig.parse("1-3, 7 (13p, 1/3) + end")
+    assert config.drop_at == (1, 2, 3, 7) and config.rejoin_at == "end"
+    assert config.drop_ratio == (Patches(13), Patches(13), Patches(13), Fraction(1, 3))
+    assert (
+        str(config) == "1-3,7(13p,1/3)+end" and sk.SkipConfig(4, "13p", 9).drop_ratio[0].count == 13
+    )
+    mlp = [count.mlp for count in config.token_counts(12, 196)]
+    assert mlp == [184, 171, 158, 158, 158, 158, *[1 + 105] * 6]
+    assert str(sk.SkipConfig((4, 5), ("13p", "13p"), 9)) == "4,5(13p,13p)+9"
+    with pytest.raises(ValueError, match="at most the 31 patches that are there, got 32p"):
+        sk.SkipConfig.parse("2,4(5p,32p)").token_counts(12, 36)
 
 
 @given(configs())
@@ -159,12 +178,14 @@ def test_configs_are_values():
         config.rejoin_at = 12
 
 
+OPTIONS = 'options must be "mean", "cls", "score=random", "match=keys" or "warmup=15", got '
+SCORERS = 'scorer must be one of "cls", "mean", "norm", "similar", "random", got '
 BAD_NOTATIONS = {
     "6(120%)": "ratios must lie between 0% and 100%, got 120% in '6(120%)'",
     "6(-5%)": "ratios must lie between 0% and 100%, got -5% in '6(-5%)'",
-    "6(half)": "ratios must read like \"55%\", got 'half' in '6(half)'",
-    "6()": "ratios must read like \"55%\", got '' in '6()'",
-    "6(1/0)": "ratios must read like \"55%\", got '1/0' in '6(1/0)'",
+    "6(half)": "ratios must read like \"55%\" or \"13p\", got 'half' in '6(half)'",
+    "6()": "ratios must read like \"55%\" or \"13p\", got '' in '6()'",
+    "6(1/0)": "ratios must read like \"55%\" or \"13p\", got '1/0' in '6(1/0)'",
     "6(55%)+4": "rejoin_at must come after the last drop, in layer 6, got 4",
     "6(55%)+6": "rejoin_at must come after the last drop, in layer 6, got 6",
     "6,4(30%,30%)+10": "drop_at must ascend, got (6, 4)",
@@ -173,14 +194,20 @@ BAD_NOTATIONS = {
     "6(30%,30%)+10": "drop_at and drop_ratio must have the same length, got 1 layers and 2 ratios",
     "0(55%)+11": "layers must be integers counted from 1, got 0",
     "6(55%):mean": 'rejoin_update="mean" needs a rejoin_at, got None',
-    "6(55%)+11:median": 'options must be "mean", "cls", "score=random" or "warmup=15", got '
-    "'median' in '6(55%)+11:median'",
-    "6(55%)+11:": 'options must be "mean", "cls", "score=random" or "warmup=15", got \'\'',
-    "6(55%)+11:score=": 'options must be "mean", "cls", "score=random" or "warmup=15", got ',
-    "6(55%)+11:score=luck": 'scorer must be one of "cls", "mean", "norm", "random", got \'luck\'',
+    "6(55%)+11:median": OPTIONS + "'median' in '6(55%)+11:median'",
+    "6(55%)+11:": OPTIONS + "''",
+    "6(55%)+11:score=": OPTIONS,
+    "6(55%)+11:score=luck": SCORERS + "'luck'",
     "6(55%)+11:warmup=": "options must be",
-    "6(55%)+fuzed": "rejoin must be a layer or \"fused\", got 'fuzed' in '6(55%)+fuzed'",
+    "6(55%)+fuzed": "rejoin must be a layer or \"end\" or \"fused\", got 'fuzed' in '6(55%)+fuzed'",
     "6(55%)+fused:score=norm": 'scorer must be "cls" or "mean", attention weights, where scores',
+    "9-4(13p)+12": "a range of layers must ascend, got 9-4 in '9-4(13p)+12'",
+    "4-9(13p,13p)+12": "drop_at and drop_ratio must have the same length, got 6 layers and 2",
+    "6(1.5p)+11": "ratios must read like \"55%\" or \"13p\", got '1.5p' in '6(1.5p)+11'",
+    "6(55%)+end:cls": 'rejoin_at must be a layer or None with cls_only_last_block, got "end"',
+    "6(55%)+11:score=similar": 'drop_ratio must be at most 50% with scorer "similar"',
+    "6(55%)+11:match=keys": 'match must be "tokens", the default, where nothing is matched',
+    "6(45%)+11:score=similar,match=hue": 'match must be "tokens" or "keys", got \'hue\'',
     "six(55%)": 'config must read like "6(55%)+11"',
     "6 55%": "config must read like",
 }

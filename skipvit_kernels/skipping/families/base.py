@@ -56,12 +56,14 @@ class Context(NamedTuple):
         arguments: by keyword, as the model passes them to its blocks: RoPE rows, masks.
         sizes: (B, N) float32, the patches that each token stands for; None: one each. A key counts
             that often: the log of its size is added to its logits.
-        record: called with the index (B, P + K) of every drop and the number of tokens behind it.
+        keep: (B, N) bool, patches that must not be dropped; None: any may be.
+        record: called with what every drop leaves.
     """
 
     arguments: dict[str, Any] = {}  # noqa: RUF012  (never changed)
     sizes: Tensor | None = None
-    record: Callable[[Tensor, int], None] | None = None
+    keep: Tensor | None = None
+    record: Callable[[Any], None] | None = None
 
 
 class Attended(NamedTuple):

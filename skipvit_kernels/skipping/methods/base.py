@@ -17,7 +17,7 @@ class Candidates(NamedTuple):
 
     Attributes:
         x: (B, N, C) tokens after the attention's residual.
-        k: (B, H, N, D) keys of that attention.
+        alike: by what two tokens are alike: (B, N, C) tokens, or (B, H, N, D) keys.
         scores: (B, n), or (B, H, n) to be averaged over the heads.
         num_keep: K, the patches that stay.
         num_prefix_tokens: P, the leading tokens that always do.
@@ -25,7 +25,7 @@ class Candidates(NamedTuple):
     """
 
     x: Tensor
-    k: Tensor
+    alike: Tensor
     scores: Tensor
     num_keep: int
     num_prefix_tokens: int
@@ -40,12 +40,15 @@ class Reduced(NamedTuple):
             method adds behind them.
         kept: (B, P + K) int64, the rows of x that the first of `tokens` were.
         sizes: (B, M) float32, the patches that each of them stands for; None: what `seen` had.
+        owner: (B, N) int64, the place among `tokens` of the one that each row of x went into; None:
+            rows that were not kept went into none.
         memo: what `restore` needs beside them.
     """
 
     tokens: Tensor
     kept: Tensor
     sizes: Tensor | None = None
+    owner: Tensor | None = None
     memo: Any = None
 
 
@@ -65,6 +68,8 @@ class Method:
     updates: ClassVar[tuple[str, ...]] = ("none",)
     # Whether scores weigh tokens: they must be attention weights then, and get a gradient.
     weighs: ClassVar[bool] = False
+    # Whether tokens stand for several patches behind it, and attention is told so.
+    sizes: ClassVar[bool] = False
 
     update: str = "none"
 
@@ -85,7 +90,7 @@ class Method:
         return num_keep
 
 
-def make(name: str, update: str, argument: str, rejoin: int | bool | None) -> Method:
+def make(name: str, update: str, argument: str, rejoin: int | str | bool | None) -> Method:
     """The method as configured.
 
     Args:
