@@ -4,8 +4,9 @@
     model = timm.create_model("vit_small_patch16_224")
     sk.patch(model, "6(55%)+11", warmup_epochs=15)
 
-The operators `cls_scores`, `gather_topk`, `gather_topk_fuse`, `gather_rows` and `scatter_back` need
-torch alone; `patch` and what goes with it need timm.
+The operators `cls_scores`, `gather_topk`, `gather_topk_fuse`, `gather_rows`, `scatter_back`,
+`match_kept`, `merge_rows` and `restore_rows` need torch alone; `patch` and what goes with it need
+timm.
 """
 
 import importlib
@@ -17,6 +18,9 @@ from skipvit_kernels.ops import (
     gather_rows,
     gather_topk,
     gather_topk_fuse,
+    match_kept,
+    merge_rows,
+    restore_rows,
     scatter_back,
 )
 from skipvit_kernels.skipping.config import SkipConfig
@@ -50,8 +54,11 @@ __all__ = [
     "is_patched",
     "keep_patches",
     "macs",
+    "match_kept",
+    "merge_rows",
     "patch",
     "record_skips",
+    "restore_rows",
     "scatter_back",
     "set_epoch",
     "unpatch",

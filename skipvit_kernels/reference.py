@@ -29,13 +29,16 @@ def head_mean(scores: Tensor) -> Tensor:
     means do.
     """
     scores = scores.to(_accumulation_dtype(scores))
-    if scores.dim() == 2:
-        return scores
-    total = scores[:, 0]
-    for head in range(1, scores.shape[1]):
-        total = total + scores[:, head]
+    return scores if scores.dim() == 2 else _mean_over_heads(scores)
+
+
+def _mean_over_heads(values: Tensor) -> Tensor:
+    """(B, H, ...) -> (B, ...)."""
+    total = values[:, 0]
+    for head in range(1, values.shape[1]):
+        total = total + values[:, head]
     # By a tensor: CUDA divides by a Python number as it multiplies by the reciprocal.
-    return total / total.new_full((), scores.shape[1])
+    return total / total.new_full((), values.shape[1])
 
 
 def select(scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
@@ -129,3 +132,92 @@ def scatter_back_backward(
     if has_update:
         grad_update = grad_x.to(_accumulation_dtype(grad)).sum(1).to(grad.dtype)
     return grad_x, gather_rows(grad, index), grad_update
+
+
+def match_kept(features: Tensor, index: Tensor, *, num_prefix_tokens: int = 1) -> Tensor:
+    features = features.to(_accumulation_dtype(features))
+    if features.dim() == 4:
+        features = _mean_over_heads(features)
+    places = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    largest = torch.full_like(features[..., 0], -torch.inf)
+    owner = torch.full_like(largest, num_prefix_tokens, dtype=torch.int64)
+    # A row's own norm does not change which cosine is its largest. One kept patch at a time, not as
+    # a matrix product: that sums in another order at its edges, and equal rows would not tie.
+    for place in range(num_prefix_tokens, index.shape[1]):
+        kept = gather_rows(features, index[:, place, None])
+        norm = kept.square().sum(-1, keepdim=True).sqrt()
+        cosine = (features * torch.where(norm > 0, kept / norm, kept)).sum(-1)
+        larger = (cosine > largest) | (cosine.isnan() & ~largest.isnan())
+        owner = owner.masked_fill(larger, place)
+        largest = torch.where(larger, cosine, largest)
+    return owner.scatter(1, index, places)
+
+
+def _sum_by_owner(values: Tensor, owner: Tensor, num_rows: int) -> Tensor:
+    """(B, N, C) -> (B, M, C), in ascending position on every device."""
+    total = values.new_zeros(values.shape[0], num_rows, values.shape[2])
+    batch = _batch(owner)[:, 0]
+    for position in range(owner.shape[1]):
+        total[batch, owner[:, position]] += values[:, position]
+    return total
+
+
+def _row_counts(owner: Tensor, num_rows: int) -> Tensor:
+    """(B, M): how many rows each owner has."""
+    counts = owner.new_zeros(owner.shape[0], num_rows)
+    return counts.scatter_add(1, owner, torch.ones_like(owner))
+
+
+def _with_rows_alone(merged: Tensor, x: Tensor, owner: Tensor) -> Tensor:
+    """`merged` (B, M, C); where an owner has one row only, that row of x with all its bits."""
+    positions = torch.arange(owner.shape[1], device=owner.device).expand_as(owner)
+    last = owner.new_zeros(merged.shape[:2]).scatter_reduce(1, owner, positions, "amax")
+    batch, row = (_row_counts(owner, merged.shape[1]) == 1).nonzero(as_tuple=True)
+    merged[batch, row] = x[batch, last[batch, row]]
+    return merged
+
+
+def merge_rows(
+    x: Tensor, owner: Tensor, num_rows: int, *, sizes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    dtype = _accumulation_dtype(x)
+    if sizes is None:
+        sizes = torch.ones(owner.shape, device=x.device)
+    merged_sizes = _sum_by_owner(sizes[..., None], owner, num_rows)
+    total = _sum_by_owner(sizes[..., None].to(dtype) * x.to(dtype), owner, num_rows)
+    mean = (total / merged_sizes.to(dtype)).to(x.dtype)
+    return _with_rows_alone(mean, x, owner), merged_sizes[..., 0].contiguous()
+
+
+def merge_rows_backward(
+    grad: Tensor, owner: Tensor, sizes: Tensor | None, merged_sizes: Tensor
+) -> Tensor:
+    dtype = _accumulation_dtype(grad)
+    if sizes is None:
+        sizes = torch.ones(owner.shape, device=grad.device)
+    # Exactly 1 for a row alone.
+    weights = sizes.to(dtype) / merged_sizes.to(dtype).gather(1, owner)
+    return (weights[..., None] * gather_rows(grad, owner).to(dtype)).to(grad.dtype)
+
+
+def _is_alone(owner: Tensor, num_rows: int) -> Tensor:
+    """(B, N, 1): whether a row is the only one of its owner."""
+    return (_row_counts(owner, num_rows).gather(1, owner) == 1)[..., None]
+
+
+def restore_rows(x: Tensor, before: Tensor, after: Tensor, owner: Tensor) -> Tensor:
+    dtype = _accumulation_dtype(x)
+    own_before, own_after = gather_rows(before, owner), gather_rows(after, owner)
+    changed = x.to(dtype) + own_after.to(dtype) - own_before.to(dtype)
+    return torch.where(_is_alone(owner, after.shape[1]), own_after, changed.to(x.dtype))
+
+
+def restore_rows_backward(
+    grad: Tensor, owner: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to x, before and after; that of a row alone goes to `after` only."""
+    dtype = _accumulation_dtype(grad)
+    grad_x = grad.masked_fill(_is_alone(owner, num_rows), 0).contiguous()
+    grad_before = 0 - _sum_by_owner(grad_x.to(dtype), owner, num_rows)
+    grad_after = _sum_by_owner(grad.to(dtype), owner, num_rows).to(grad.dtype)
+    return grad_x, grad_before.to(grad.dtype), _with_rows_alone(grad_after, grad, owner)

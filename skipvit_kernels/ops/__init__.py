@@ -5,6 +5,7 @@ registers) and n are patches, C channels, H heads, D head width, K kept patches.
 """
 
 from skipvit_kernels.ops.library import LIBRARY, OPERATORS
+from skipvit_kernels.ops.merge import match_kept, merge_rows, restore_rows
 from skipvit_kernels.ops.rows import gather_rows, scatter_back
 from skipvit_kernels.ops.scores import cls_scores
 from skipvit_kernels.ops.topk import gather_topk, gather_topk_fuse
@@ -16,5 +17,8 @@ __all__ = [
     "gather_rows",
     "gather_topk",
     "gather_topk_fuse",
+    "match_kept",
+    "merge_rows",
+    "restore_rows",
     "scatter_back",
 ]

@@ -36,6 +36,11 @@ def floating(name: str, tensor: Tensor) -> None:
         )
 
 
+def float32(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, got {_dtype(tensor)}")
+
+
 def same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.dtype != other.dtype:
         raise TypeError(
@@ -86,6 +91,25 @@ def index(value: Tensor, rows: Tensor, rows_name: str) -> None:
     int64("index", value)
     same_device("index", value, rows_name, rows)
     shape("index", value, rows.shape[0], "M")
+
+
+def features(value: Tensor) -> None:
+    """Features (B, N, D) or (B, H, N, D)."""
+    if not _has_shape(value, ("B", "N", "D")) and not (
+        _has_shape(value, ("B", "H", "N", "D")) and value.shape[1] > 0
+    ):
+        raise ValueError(
+            "features must have shape (B, N, D) or (B, H, N, D) with at least one head, got "
+            f"{tuple(value.shape)}"
+        )
+    floating("features", value)
+
+
+def owner(value: Tensor, x: Tensor) -> None:
+    """An owner (B, N) for every row of x (B, N, C)."""
+    int64("owner", value)
+    same_device("owner", value, "x", x)
+    shape("owner", value, *x.shape[:2])
 
 
 def _dtype(tensor: Tensor) -> str:
