@@ -57,6 +57,34 @@ def test_every_operator_passes_gradcheck_alone(heads):
 
 
 @pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("sized", [False, True])
+def test_merging_and_restoring_pass_gradcheck(sized):
+    x = torch.randn(2, 9, 3, dtype=DOUBLE, requires_grad=True)
+    owner = torch.tensor([[0, 1, 1, 2, 3, 1, 2, 2, 1], [3, 3, 3, 3, 0, 3, 1, 2, 3]])
+    sizes = torch.rand(2, 9) + 0.5 if sized else None
+    before, after = torch.randn(2, 2, 4, 3, dtype=DOUBLE).unbind()
+    before.requires_grad_()
+    after.requires_grad_()
+    gradcheck(lambda x: sk.merge_rows(x, owner, 4, sizes=sizes)[0], x)
+    gradcheck(lambda x, b, a: sk.restore_rows(x, b, a, owner), x, before, after)
+    gradcheck(lambda b: sk.restore_rows(x.detach(), b, after.detach(), owner), before)
+
+
+@pytest.mark.usefixtures("route")
+def test_merged_and_restored_at_once_is_every_row_itself():
+    """Nothing was gained in between: the gradient of a row is that of its copy."""
+    x = torch.randn(2, 9, 3, dtype=DOUBLE, requires_grad=True)
+    _, index = sk.gather_topk(x, torch.rand(2, 8), 3)
+    owner = sk.match_kept(x, index)
+    tokens, _ = sk.merge_rows(x, owner, 4)
+    restored = sk.restore_rows(x, tokens, tokens, owner)
+    assert torch.allclose(restored, x, rtol=1e-15, atol=1e-15)
+    weights = torch.randn_like(x)
+    (grad,) = torch.autograd.grad(restored, x, weights)
+    assert torch.allclose(grad, weights, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.usefixtures("route")
 def test_scores_have_no_gradient():
     q = torch.randn(2, 3, 4, requires_grad=True)
     k = torch.randn(2, 3, 9, 4, requires_grad=True)
@@ -67,6 +95,18 @@ def test_scores_have_no_gradient():
     assert not index.requires_grad
     tokens.sum().backward()
     assert scores.grad is None and x.grad is not None
+
+
+@pytest.mark.usefixtures("route")
+def test_features_and_sizes_have_no_gradient():
+    x, features = torch.randn(2, 2, 9, 5, requires_grad=True).unbind()
+    sizes = torch.ones(2, 9, requires_grad=True)
+    index = torch.tensor([[0, 3, 4], [0, 1, 8]])
+    owner = sk.match_kept(features, index)
+    tokens, merged_sizes = sk.merge_rows(x, owner, 3, sizes=sizes)
+    assert not owner.requires_grad and not merged_sizes.requires_grad
+    tokens.sum().backward()
+    assert sizes.grad is None
 
 
 @pytest.mark.usefixtures("route")
@@ -84,8 +124,15 @@ def test_backward_saves_the_index_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         tokens, index = sk.gather_topk(x, torch.rand(2, 8), 3)
         sk.scatter_back(x, tokens, index, update=torch.randn(2, 5, requires_grad=True))
-    assert [t.dtype for t in saved] == [torch.int64] * 2
-    assert [t.numel() for t in saved] == [8, 8]
+        owner = sk.match_kept(x, index)
+        merged, _ = sk.merge_rows(x, owner, 4)
+        sk.restore_rows(x, merged, merged * 2, owner)
+    moved, merging = saved[:2], saved[2:5]
+    assert [t.dtype for t in moved] == [torch.int64] * 2
+    assert [t.numel() for t in moved] == [8, 8]
+    assert [(t.dtype, t.numel()) for t in merging if t is not None] == [
+        (torch.int64, 18), (torch.float32, 8), (torch.int64, 18),
+    ]  # fmt: skip
 
 
 # ----------------------------------------------------------- opcheck, compile and export
@@ -99,6 +146,8 @@ def _samples(dtype=torch.float32):
     q, k = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 3, 9, 4, dtype=dtype)
     permuted = torch.randn(4, 9, 2, dtype=dtype).permute(2, 1, 0)
     two = dict(num_prefix_tokens=2)
+    owner, sizes = reference.match_kept(x, index), torch.rand(2, 9) + 0.5
+    merged_sizes = reference.merge_rows(x, owner, 4, sizes=sizes)[1]
     return {
         "cls_scores": [
             ((q, k), {}),
@@ -121,6 +170,14 @@ def _samples(dtype=torch.float32):
         ],
         "scatter_back": [((x, rows, index), {}), ((permuted, rows, index), dict(update=update))],
         "scatter_back_backward": [((x, index, False), {}), ((permuted, index, True), {})],
+        "match_kept": [((x, index), {}), ((x[:, None].expand(-1, 3, -1, -1), index), two)],
+        "merge_rows": [((x, owner, 4), {}), ((permuted, owner, 4), dict(sizes=sizes))],
+        "merge_rows_backward": [
+            ((rows, owner, None, merged_sizes), {}),
+            ((rows, owner, sizes, merged_sizes), {}),
+        ],
+        "restore_rows": [((x, rows, rows * 2, owner), {}), ((permuted, rows, rows, owner), {})],
+        "restore_rows_backward": [((x, owner, 4), {}), ((permuted, owner, 5), {})],
     }
 
 
@@ -141,7 +198,10 @@ def route_there_and_back(x, q, k, num_keep):
     fused, _ = sk.gather_topk_fuse(x, scores, num_keep)
     tokens = tokens * 2 + fused[:, -1:]
     update = (tokens - sk.gather_rows(x, index)).mean(1)
-    return sk.scatter_back(x, tokens, index, update=update)
+    x = sk.scatter_back(x, tokens, index, update=update)
+    owner = sk.match_kept(k, index)
+    merged, sizes = sk.merge_rows(x, owner, index.shape[1])
+    return sk.restore_rows(x, merged, merged * sizes[..., None], owner)
 
 
 def test_compile_is_one_graph_for_every_batch_size():
@@ -168,7 +228,7 @@ def test_export_keeps_the_operators():
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
     program = torch.export.export(Route(), arguments, dynamic_shapes=(batch, batch, batch))
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    for name in ("cls_scores", "gather_topk", "gather_topk_fuse", "gather_rows", "scatter_back"):
+    for name in ops.__all__[2:]:
         assert f"skipvit.{name}.default" in names
     other = torch.randn(5, 17, 8), torch.randn(5, 2, 4), torch.randn(5, 2, 17, 4)
     assert torch.equal(program.module()(*other), Route()(*other))
@@ -181,6 +241,7 @@ SCORES = torch.rand(2, 196)
 INDEX = torch.zeros(2, 1, dtype=torch.int64)
 ROWS = torch.randn(2, 1, 8)
 Q, K = torch.randn(2, 3, 4), torch.randn(2, 3, 197, 4)
+OWNER = (torch.arange(197) % 3).expand(2, -1)
 
 BAD = [
     # gather_topk and gather_topk_fuse share their checks
@@ -362,6 +423,123 @@ BAD = [
         ValueError,
         "index must hold each row of an image once, got 0 twice in image 0",
     ),
+    # match_kept, merge_rows and restore_rows
+    (
+        sk.match_kept,
+        (X[0], INDEX),
+        {},
+        ValueError,
+        "features must have shape (B, N, D) or (B, H, N, D) with at least one head, got (197, 8)",
+    ),
+    (
+        sk.match_kept,
+        (K[:, :0], INDEX),
+        {},
+        ValueError,
+        "features must have shape (B, N, D) or (B, H, N, D) with at least one head, "
+        "got (2, 0, 197, 4)",
+    ),
+    (
+        sk.match_kept,
+        (X.int(), INDEX),
+        {},
+        TypeError,
+        "features must be float32, float16, bfloat16 or float64, got int32",
+    ),
+    (
+        sk.match_kept,
+        (X, INDEX),
+        {},
+        ValueError,
+        "index must hold at least one kept patch behind 1 prefix tokens, "
+        "got shape (2, 1) for 197 tokens",
+    ),
+    (
+        sk.match_kept,
+        (X, INDEX),
+        {"num_prefix_tokens": 2},
+        ValueError,
+        "num_prefix_tokens must be in [0, 1], got 2",
+    ),
+    (
+        sk.match_kept,
+        (X, INDEX + 197),
+        {"num_prefix_tokens": 0},
+        ValueError,
+        "index must hold rows in [0, 197), got 197",
+    ),
+    (
+        sk.merge_rows,
+        (X, OWNER[:, 1:], 3),
+        {},
+        ValueError,
+        "owner must have shape (2, 197), got (2, 196)",
+    ),
+    (sk.merge_rows, (X, OWNER.int(), 3), {}, TypeError, "owner must be int64, got int32"),
+    (sk.merge_rows, (X, OWNER, 198), {}, ValueError, "num_rows must be in [0, 197], got 198"),
+    (
+        sk.merge_rows,
+        (X, OWNER, 2),
+        {},
+        ValueError,
+        "owner must hold rows in [0, 2), got 2",
+    ),
+    (
+        sk.merge_rows,
+        (X, OWNER, 4),
+        {},
+        ValueError,
+        "owner must hold every row in [0, 4), got no 3 in image 0",
+    ),
+    (
+        sk.merge_rows,
+        (X, OWNER, 3),
+        {"sizes": torch.ones(2, 197).half()},
+        TypeError,
+        "sizes must be float32, got float16",
+    ),
+    (
+        sk.merge_rows,
+        (X, OWNER, 3),
+        {"sizes": torch.ones(2, 3)},
+        ValueError,
+        "sizes must have shape (2, 197), got (2, 3)",
+    ),
+    (
+        sk.merge_rows,
+        (X, OWNER, 3),
+        {"sizes": torch.ones(2, 197).index_fill(1, torch.tensor([5]), -2)},
+        ValueError,
+        "sizes must be positive, got -2",
+    ),
+    (
+        sk.merge_rows,
+        (X, OWNER, 3),
+        {"sizes": torch.zeros(2, 197)},
+        ValueError,
+        "sizes must be positive, got 0",
+    ),
+    (
+        sk.restore_rows,
+        (X, ROWS, ROWS[..., :7], OWNER),
+        {},
+        ValueError,
+        "after must have shape (2, 1, 8), got (2, 1, 7)",
+    ),
+    (
+        sk.restore_rows,
+        (X, ROWS.half(), ROWS, OWNER),
+        {},
+        TypeError,
+        "before must have the dtype of x, float32, got float16",
+    ),
+    (
+        sk.restore_rows,
+        (X, ROWS, ROWS, OWNER),
+        {},
+        ValueError,
+        "owner must hold rows in [0, 1), got 1",
+    ),
 ]
 
 
@@ -371,8 +549,9 @@ BAD = [
     ids=[f"{case[0].__name__}: {case[4]}" for case in BAD],
 )
 def test_bad_arguments_raise_by_name(operator, arguments, options, error, message):
-    if message.startswith("index must hold") and sk.backends.cpu.unavailable_reason():
-        pytest.skip("lacks the C++ kernels, which look at the values of an index")
+    values = ("index must hold row", "index must hold each", "owner must hold", "sizes must be pos")
+    if message.startswith(values) and sk.backends.cpu.unavailable_reason():
+        pytest.skip("lacks the C++ kernels, which look at the values of an argument")
     with pytest.raises(error) as caught:
         operator(*arguments, **options)
     assert str(caught.value) == message
