@@ -121,11 +121,11 @@ View same_dtype_view(const char* name, const Tensor& t, const View& other,
   return view;
 }
 
-View index_view(const Tensor& index, int64_t batch) {
+View index_view(const Tensor& index, int64_t batch, const char* name = "index", int64_t size = -1) {
   if (index.scalar_type() != ScalarType::Long) {
-    fail("index must be int64");
+    fail(name, " must be int64");
   }
-  return view_of("index", index, DType::kFloat64, {batch, -1});
+  return view_of(name, index, DType::kFloat64, {batch, size});
 }
 
 // Scores (B, n) are scores (B, 1, n): a mean over one head has the same bits.
@@ -227,35 +227,76 @@ struct Byte16 {
   alignas(16) char bytes[16];
 };
 
-void raise_if_invalid(const IndexCheck& check, int64_t num_rows) {
+void raise_if_invalid(const IndexCheck& check, int64_t num_rows, const char* name = "index") {
   if (check.kind == IndexCheck::kOutOfRange) {
-    fail("index must hold rows in [0, ", num_rows, "), got ", check.row);
+    fail(name, " must hold rows in [0, ", num_rows, "), got ", check.row);
   }
   if (check.kind == IndexCheck::kRepeated) {
     fail("index must hold each row of an image once, got ", check.row, " twice in image ",
          check.image);
   }
+  if (check.kind == IndexCheck::kMissing) {
+    fail(name, " must hold every row in [0, ", num_rows, "), got no ", check.row, " in image ",
+         check.image);
+  }
 }
 
-// Checks the index and returns its inverse (B, N).
-const int32_t* checked_inverse(const View& index, int64_t num_tokens) {
-  if (num_tokens > INT32_MAX) {
-    fail("an image must have less than 2**31 rows, got ", num_tokens);
+void check_image_rows(int64_t count) {
+  if (count >= INT32_MAX) {
+    fail("an image must have less than 2**31 - 1 rows, got ", count);
   }
-  const int64_t batch = index.size[0];
-  int32_t* inverse = caller_scratch<int32_t>(batch * num_tokens);
-  IndexCheck first{IndexCheck::kOk, batch, 0};
+}
+
+// The check of the first image that is not valid; f(begin, end) checks a range of them.
+template <class F>
+IndexCheck check_images(const View& index, const F& f) {
+  IndexCheck first{IndexCheck::kOk, index.size[0], 0};
   std::mutex mutex;
   // An entry costs about as much as moving 64 bytes.
-  for_items(batch, index.size[1] * 64, [&](int64_t begin, int64_t end) {
-    const IndexCheck check = kernels().invert_index(index, num_tokens, inverse, begin, end);
+  for_items(index.size[0], index.size[1] * 64, [&](int64_t begin, int64_t end) {
+    const IndexCheck check = f(begin, end);
     if (check.kind != IndexCheck::kOk) {
       const std::lock_guard<std::mutex> lock(mutex);
       first = check.image < first.image ? check : first;
     }
   });
-  raise_if_invalid(first, num_tokens);
+  return first;
+}
+
+// Checks the index and returns its inverse (B, N).
+const int32_t* checked_inverse(const View& index, int64_t num_tokens) {
+  check_image_rows(num_tokens);
+  int32_t* inverse = caller_scratch<int32_t>(index.size[0] * num_tokens);
+  const IndexCheck check = check_images(index, [&](int64_t begin, int64_t end) {
+    return kernels().invert_index(index, num_tokens, inverse, begin, end);
+  });
+  raise_if_invalid(check, num_tokens);
   return inverse;
+}
+
+// The rows of each owner: see group_rows.
+struct Groups {
+  int32_t *starts, *rows;
+};
+
+Groups checked_groups(const View& owner, int64_t num_rows, bool every) {
+  check_image_rows(owner.size[1]);
+  check_image_rows(num_rows);
+  const int64_t batch = owner.size[0], num_starts = batch * (num_rows + 1);
+  int32_t* starts = caller_scratch<int32_t>(num_starts + batch * owner.size[1]);
+  const Groups groups{starts, starts + num_starts};
+  const IndexCheck check = check_images(owner, [&](int64_t begin, int64_t end) {
+    return kernels().group_rows(owner, num_rows, every, groups.starts, groups.rows, begin, end);
+  });
+  raise_if_invalid(check, num_rows, "owner");
+  return groups;
+}
+
+View sizes_view(const char* name, const Tensor& sizes, int64_t batch, int64_t count) {
+  if (sizes.scalar_type() != ScalarType::Float) {
+    fail(name, " must be float32");
+  }
+  return view_of(name, sizes, DType::kFloat32, {batch, count});
 }
 
 // ------------------------------------------------------------------------------- operators
@@ -475,6 +516,128 @@ std::tuple<Tensor, Tensor, Tensor> scatter_back_backward(const Tensor& grad, con
   return {grad_x, grad_tokens, grad_update};
 }
 
+Tensor match_kept(const Tensor& features, const Tensor& index, int64_t num_prefix_tokens) {
+  View from;
+  if (features.dim() == 4) {
+    from = float_view("features", features, {-1, -1, -1, -1});
+    if (from.size[1] == 0) {
+      fail("features must have at least one head, got ", shape_of(features));
+    }
+  } else {  // (B, N, D) is (B, 1, N, D)
+    from = float_view("features", features, {-1, -1, -1});
+    for (int64_t d = 3; d > 1; --d) {
+      from.size[d] = from.size[d - 1];
+      from.stride[d] = from.stride[d - 1];
+    }
+    from.size[1] = 1;
+  }
+  const int64_t batch = from.size[0], num_tokens = from.size[2];
+  const View rows = index_view(index, batch);
+  check_count("num_prefix_tokens", num_prefix_tokens, rows.size[1]);
+  const int64_t num_keep = rows.size[1] - num_prefix_tokens;
+  if (num_keep == 0 && rows.size[1] < num_tokens) {
+    fail("index must hold at least one kept patch, got ", shape_of(index));
+  }
+  const int32_t* inverse = checked_inverse(rows, num_tokens);
+  Tensor owner = empty({batch, num_tokens}, aoti_torch_dtype_int64());
+  int64_t* result = static_cast<int64_t*>(owner.data_ptr());
+  // 32 multiplications take as long as moving 16 bytes.
+  for_items(batch * num_tokens, num_keep * from.size[3] / 2, [&](int64_t begin, int64_t end) {
+    kernels().match_kept(from, rows, inverse, num_prefix_tokens, result, begin, end);
+  });
+  return owner;
+}
+
+std::tuple<Tensor, Tensor> merge_rows(const Tensor& x, const Tensor& owner, int64_t num_rows,
+                                      const std::optional<Tensor>& sizes) {
+  const View from = float_view("x", x, {-1, -1, -1});
+  const int64_t batch = from.size[0], num_tokens = from.size[1], channels = from.size[2];
+  const View owners = index_view(owner, batch, "owner", num_tokens);
+  check_count("num_rows", num_rows, num_tokens);
+  View size{};
+  if (sizes) {
+    size = sizes_view("sizes", *sizes, batch, num_tokens);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t n = 0; n < num_tokens; ++n) {
+        const float s =
+            static_cast<const float*>(size.data)[b * size.stride[0] + n * size.stride[1]];
+        if (!(s > 0)) {
+          fail("sizes must be positive, got ", s);
+        }
+      }
+    }
+  }
+  const Groups groups = checked_groups(owners, num_rows, true);
+  Tensor tokens = empty_like(x, {batch, num_rows, channels});
+  Tensor merged_sizes = empty({batch, num_rows}, aoti_torch_dtype_float32());
+  float* merged = static_cast<float*>(merged_sizes.data_ptr());
+  const View out = output_view(tokens, from);
+  const int64_t image_bytes = num_tokens * channels * from.element_size;
+  for_items(batch * num_rows, image_bytes / std::max<int64_t>(1, num_rows),
+            [&](int64_t begin, int64_t end) {
+              kernels().merge_rows(from, sizes ? &size : nullptr, groups.starts, groups.rows, out,
+                                   merged, begin, end);
+            });
+  return {tokens, merged_sizes};
+}
+
+Tensor merge_rows_backward(const Tensor& grad, const Tensor& owner,
+                           const std::optional<Tensor>& sizes, const Tensor& merged_sizes) {
+  const View from = float_view("grad", grad, {-1, -1, -1});
+  const int64_t batch = from.size[0], num_rows = from.size[1], channels = from.size[2];
+  const View owners = index_view(owner, batch, "owner");
+  const int64_t num_tokens = owners.size[1];
+  View size{};
+  if (sizes) {
+    size = sizes_view("sizes", *sizes, batch, num_tokens);
+  }
+  const View merged = sizes_view("merged_sizes", merged_sizes, batch, num_rows);
+  raise_if_invalid(kernels().check_range(owners, num_rows), num_rows, "owner");
+  Tensor grad_x = empty_like(grad, {batch, num_tokens, channels});
+  const View out = output_view(grad_x, from);
+  for_items(batch * num_tokens, channels * from.element_size, [&](int64_t begin, int64_t end) {
+    kernels().merge_rows_backward(from, owners, sizes ? &size : nullptr, merged, out, begin, end);
+  });
+  return grad_x;
+}
+
+Tensor restore_rows(const Tensor& x, const Tensor& before, const Tensor& after,
+                    const Tensor& owner) {
+  const View own = float_view("x", x, {-1, -1, -1});
+  const int64_t batch = own.size[0], num_tokens = own.size[1], channels = own.size[2];
+  const View was = same_dtype_view("before", before, own, {batch, -1, channels});
+  const View is = same_dtype_view("after", after, own, {batch, was.size[1], channels});
+  const View owners = index_view(owner, batch, "owner", num_tokens);
+  const Groups groups = checked_groups(owners, was.size[1], false);
+  Tensor restored = empty_like(x, {batch, num_tokens, channels});
+  const View out = output_view(restored, own);
+  for_items(batch * num_tokens, 2 * channels * own.element_size, [&](int64_t begin, int64_t end) {
+    kernels().restore_rows(own, was, is, owners, groups.starts, out, begin, end);
+  });
+  return restored;
+}
+
+std::tuple<Tensor, Tensor, Tensor> restore_rows_backward(const Tensor& grad, const Tensor& owner,
+                                                         int64_t num_rows) {
+  const View from = float_view("grad", grad, {-1, -1, -1});
+  const int64_t batch = from.size[0], num_tokens = from.size[1], channels = from.size[2];
+  const View owners = index_view(owner, batch, "owner", num_tokens);
+  check_count("num_rows", num_rows, INT32_MAX - 1);
+  Tensor grad_x = empty_like(grad, {batch, num_tokens, channels});
+  Tensor grad_before = empty_like(grad, {batch, num_rows, channels});
+  Tensor grad_after = empty_like(grad, {batch, num_rows, channels});
+  const Groups groups = checked_groups(owners, num_rows, false);
+  const View out_x = output_view(grad_x, from), out_before = output_view(grad_before, from);
+  const View out_after = output_view(grad_after, from);
+  const int64_t image_bytes = (num_tokens + num_rows) * channels * from.element_size;
+  for_items(batch * num_rows, image_bytes / std::max<int64_t>(1, num_rows),
+            [&](int64_t begin, int64_t end) {
+              kernels().restore_rows_backward(from, groups.starts, groups.rows, out_x, out_before,
+                                              out_after, begin, end);
+            });
+  return {grad_x, grad_before, grad_after};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(skipvit, CPU, library) {
   library.impl("cls_scores", TORCH_BOX(&cls_scores));
   library.impl("gather_topk", TORCH_BOX(&gather_topk));
@@ -484,6 +647,11 @@ STABLE_TORCH_LIBRARY_IMPL(skipvit, CPU, library) {
   library.impl("gather_rows_backward", TORCH_BOX(&gather_rows_backward));
   library.impl("scatter_back", TORCH_BOX(&scatter_back));
   library.impl("scatter_back_backward", TORCH_BOX(&scatter_back_backward));
+  library.impl("match_kept", TORCH_BOX(&match_kept));
+  library.impl("merge_rows", TORCH_BOX(&merge_rows));
+  library.impl("merge_rows_backward", TORCH_BOX(&merge_rows_backward));
+  library.impl("restore_rows", TORCH_BOX(&restore_rows));
+  library.impl("restore_rows_backward", TORCH_BOX(&restore_rows_backward));
 }
 
 }  // namespace

@@ -22,9 +22,9 @@ struct View {
   int64_t stride[4];
 };
 
-// The first row that is not valid in an index (B, M), if there is one.
+// The first row that is not valid in an index (B, M) or in owners (B, N), if there is one.
 struct IndexCheck {
-  enum Kind { kOk, kOutOfRange, kRepeated } kind;
+  enum Kind { kOk, kOutOfRange, kRepeated, kMissing } kind;
   int64_t image;
   int64_t row;
 };
@@ -85,6 +85,38 @@ struct Kernels {
   // C), where given, the sum of the other rows, ascending. Items: (image, column block) pairs.
   void (*scatter_back_backward)(const View& grad, const int32_t* inverse, const View& grad_x,
                                 const View& grad_tokens, const View* grad_update, int64_t blocks,
+                                int64_t begin, int64_t end);
+
+  // owner (B, N): the r of a row that is index[b, r], of another row the r >= num_prefix with the
+  // largest cosine of features (B, H, N, D), averaged over H. Items: the B*N rows.
+  void (*match_kept)(const View& features, const View& index, const int32_t* inverse,
+                     int64_t num_prefix, int64_t* owner, int64_t begin, int64_t end);
+
+  // rows (B, N): the positions of owner 0, of owner 1, ..., each ascending; those of m are from
+  // starts[b, m] to starts[b, m + 1] of (B, M + 1). Items: images; stops at the first owner out of
+  // range or, with `every`, at the first m that has no row.
+  IndexCheck (*group_rows)(const View& owner, int64_t num_rows, bool every, int32_t* starts,
+                           int32_t* rows, int64_t begin, int64_t end);
+
+  // out[b, m] = the sum of size * row of x over owner m's rows, in order, over merged_sizes[b, m],
+  // the sum of the sizes (without `sizes` 1 each). Items: the B*M rows of out.
+  void (*merge_rows)(const View& x, const View* sizes, const int32_t* starts, const int32_t* rows,
+                     const View& out, float* merged_sizes, int64_t begin, int64_t end);
+
+  // grad_x[b, n] = size / merged size * grad[b, owner]. Items: the B*N rows of grad_x.
+  void (*merge_rows_backward)(const View& grad, const View& owner, const View* sizes,
+                              const View& merged_sizes, const View& grad_x, int64_t begin,
+                              int64_t end);
+
+  // out[b, n] = x[b, n] + after[b, owner] - before[b, owner], or after[b, owner] where the owner
+  // has one row. Items: the B*N rows of out.
+  void (*restore_rows)(const View& x, const View& before, const View& after, const View& owner,
+                       const int32_t* starts, const View& out, int64_t begin, int64_t end);
+
+  // grad_x = grad, grad_after[b, m] = the sum of owner m's rows of grad, in order, grad_before =
+  // 0 - grad_after; of an owner with one row grad_x and grad_before are 0. Items: the B*M owners.
+  void (*restore_rows_backward)(const View& grad, const int32_t* starts, const int32_t* rows,
+                                const View& grad_x, const View& grad_before, const View& grad_after,
                                 int64_t begin, int64_t end);
 };
 
