@@ -68,6 +68,8 @@ def patch(
     blocks: Any = family.blocks(model)
     scorer, prefix = config.scorer or family.scorer(model), family.num_prefix_tokens(model)
     method, rejoins = config.make_method(), config.rejoin_at is not None
+    # A head that reads patches reads merged ones as often as they count.
+    spread = method.sizes and not rejoins and family.reads_more(model) is not None
     taps = [name for name, module in model._modules.items() if module is blocks]
     if taps and hasattr(model, _TAP):
         vars(model)[_TAP] = Tapped(model, taps[0])
@@ -75,7 +77,7 @@ def patch(
     blocks.family = family
     blocks.config = config
     blocks.drops = {
-        layer: Drop(ratio, prefix, scorer, config.match, method, rejoins)
+        layer: Drop(ratio, prefix, scorer, config.match, method, rejoins, spread)
         for layer, ratio in zip(config.drop_at, config.drop_ratio, strict=True)
     }
     blocks.num_prefix_tokens = prefix

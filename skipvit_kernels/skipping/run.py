@@ -26,7 +26,12 @@ from skipvit_kernels.skipping.methods import Candidates, Method, Reduced
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """What a layer drops: how much, who stays, what becomes of the others."""
+    """What a layer drops: how much, who stays, what becomes of the others.
+
+    Attributes:
+        rejoin: whether what was dropped comes back at the end of the run.
+        spread: whether a token comes back as each of the patches that it stands for, instead.
+    """
 
     drop_ratio: Fraction | Patches
     num_prefix_tokens: int
@@ -34,6 +39,7 @@ class Drop:
     match: str
     method: Method
     rejoin: bool
+    spread: bool = False
 
     def num_keep(self, num_tokens: int) -> int:
         return num_kept(num_tokens - self.num_prefix_tokens, self.drop_ratio)
@@ -57,6 +63,8 @@ class Drop:
 
     def restore(self, x: Tensor, left: Reduced, tokens: Tensor) -> Tensor:
         """x (B, N, C), with what the tokens that went on have become put back."""
+        if self.spread:
+            return self.method.spread(x, left, tokens)
         return self.method.restore(x, left, tokens, self.num_prefix_tokens)
 
 
@@ -94,6 +102,11 @@ class Stage(NamedTuple):
 
     def restore(self, tokens: Tensor) -> Tensor:
         return self.drop.restore(self.x, self.left, tokens)
+
+    def show(self, tokens: Tensor) -> Tensor:
+        """As `restore`, for those who look on while the run goes on."""
+        prefix = self.drop.num_prefix_tokens
+        return self.drop.method.restore(self.x, self.left, tokens, prefix)
 
     def narrow(self, context: Context) -> Context:
         """A context of the tokens before the drop, for those behind it."""
@@ -140,7 +153,7 @@ def run_layer(
         stage = _drop(x, layer, layer.drop, contexts)
         contexts = [stage.narrow(context) for context in contexts]
         x = family.feed(block, stage.left.tokens)
-        if layer.drop.rejoin or keep_all:
+        if layer.drop.rejoin or layer.drop.spread or keep_all:
             stages.append(stage)
     elif layer.num_rows is not None:
         x = family.feed(block, family.attend_rows(block, x, context, layer.num_rows))

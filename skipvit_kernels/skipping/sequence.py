@@ -45,7 +45,8 @@ class Skipping(nn.Module):
             for at, drop in self.drops.items():
                 layers[at - 1] = layers[at - 1]._replace(drop=drop)
             end = self.config.last_skipping(len(layers)) - 1
-            layers[end] = layers[end]._replace(ends=sum(d.rejoin for d in self.drops.values()))
+            ends = sum(drop.rejoin or drop.spread for drop in self.drops.values())
+            layers[end] = layers[end]._replace(ends=ends)
         return layers
 
     def parts(self) -> Iterator[list[Layer]]:
@@ -227,7 +228,7 @@ class _TappedRun:
         tokens, _ = run_layer(tokens, layer, [context], self.stages, keep_all=True)
         self.tokens = self.shown = tokens
         for stage in reversed(self.stages):
-            self.shown = stage.restore(self.shown)
+            self.shown = stage.show(self.shown)
         return self.shown
 
 

@@ -1,7 +1,7 @@
-"""The seams: a family is a file and a row, a method is a file, and nothing else changes.
+"""The seam of families: one is a file and a row, and nothing else changes.
 
-`eva_family.py` teaches timm's Eva (RoPE, a ModuleList whose blocks the model calls itself) and
-`Merge` below another fate for the patches that leave; both then do all that the known ones do.
+`eva_family.py` teaches timm's Eva (RoPE, a ModuleList whose blocks the model calls itself), which
+then does all that the known ones do. A method is a file: `test_merge.py`.
 """
 
 import copy
@@ -14,12 +14,10 @@ import torch
 from eva_family import Eva as EvaFamily
 from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import skipvit_kernels as sk
-from skipvit_kernels import reference
-from skipvit_kernels.skipping import families, floor, methods
+from skipvit_kernels.skipping import families, floor
 from skipvit_kernels.skipping.config import num_kept
 
 ROW = families.Row("eva_family.Eva", ("timm.models.eva.Eva",), ("timm.models.eva.EvaBlock",))
@@ -189,116 +187,6 @@ def test_a_family_that_does_not_know_an_argument_refuses_it(monkeypatch, images)
     model = sk.patch(EVAS["EVA02"](), "3(55%)+7")
     with pytest.raises(ValueError, match="given the tokens alone, got also rope"):
         model(images)
-
-
-# --------------------------------------------------------------------------- a method
-
-
-@pytest.fixture
-def merge():
-    """Each patch that leaves is averaged into the kept one most like it, and gets its gain back."""
-
-    class Merge(methods.Method):
-        name = "merge"
-        option = "merge"
-
-        def reduce(self, seen):
-            prefix, x = seen.num_prefix_tokens, seen.x
-            _, kept = reference.gather_topk(x, seen.scores, seen.num_keep, num_prefix_tokens=prefix)
-            alike = nn.functional.normalize(x, dim=-1)
-            alike = alike @ reference.gather_rows(alike, kept)[:, prefix:].transpose(1, 2)
-            owner = prefix + alike.argmax(2)
-            owner = owner.scatter(1, kept, torch.arange(kept.shape[1]).expand_as(kept))
-            weights = torch.ones(x.shape[:2]) if seen.sizes is None else seen.sizes
-            member = nn.functional.one_hot(owner, kept.shape[1]).to(x) * weights[..., None].to(x)
-            sizes = member.sum(1)
-            tokens = member.transpose(1, 2) @ x / sizes[..., None]
-            return methods.Reduced(tokens, kept, sizes.float(), owner)
-
-        def restore(self, x, left, tokens, num_prefix_tokens):
-            gain = (tokens - left.tokens).gather(1, left.memo[..., None].expand_as(x))
-            return x + gain
-
-    yield Merge
-    del methods.METHODS["merge"]
-
-
-def merged_plainly(model, images, config):
-    """The same on a VisionTransformer, with attention maps and one image at a time."""
-    outputs = []
-    for image in images:
-        x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
-        sizes, away = torch.ones(len(x)), []
-        for layer, block in enumerate(model.blocks, start=1):
-            if layer == config.rejoin_at:
-                for full, before, owner, old in reversed(away):
-                    x, sizes = full + (x - before)[owner], old
-            attn, y = block.attn, block.norm1(x)
-            q, k, v = attn.qkv(y).reshape(len(y), 3, attn.num_heads, -1).permute(1, 2, 0, 3)
-            logits = q @ k.transpose(-2, -1) * attn.scale
-            attention = (logits + sizes.log().to(x)).softmax(-1)
-            x = x + attn.proj((attention @ v).transpose(0, 1).flatten(1))
-            if layer in config.drop_at:
-                scores = logits[:, 0].softmax(-1).mean(0)[1:]
-                keep = num_kept(len(x) - 1, config.drop_ratio[config.drop_at.index(layer)])
-                best = scores.argsort(descending=True)[:keep].sort().values.tolist()
-                kept = [0, *(1 + at for at in best)]
-                cosine = nn.functional.cosine_similarity(x[:, None], x[kept][None], dim=-1)
-                owner = [
-                    kept.index(n) if n in kept else 1 + int(cosine[n, 1:].argmax())
-                    for n in range(len(x))
-                ]
-                groups = [[n for n in range(len(x)) if owner[n] == r] for r in range(len(kept))]
-                old, full = sizes, x
-                x = torch.stack(
-                    [(old[g, None].to(x) * full[g]).sum(0) / old[g].sum() for g in groups]
-                )
-                sizes = torch.stack([old[g].sum() for g in groups])
-                away.append((full, x, torch.tensor(owner), old))
-            x = x + block.mlp(block.norm2(x))
-        outputs.append(model.forward_head(model.norm(x[None]))[0])
-    return torch.stack(outputs)
-
-
-def vit():
-    torch.manual_seed(3)
-    model = VisionTransformer(
-        img_size=48, patch_size=8, embed_dim=48, depth=8, num_heads=3, num_classes=7
-    )
-    for parameter in model.parameters():
-        if parameter.abs().max() < 1e-3:
-            nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-@pytest.mark.parametrize("text", ["3(55%)+7:merge", "2,4(30%,30%)+8:merge,cls", "3(55%):merge,cls"])
-def test_a_new_method_does_all_that_the_known_ones_do(merge, images, text):
-    config = sk.SkipConfig.parse(text)
-    assert str(config) == text and config.method == "merge"
-    model, images = vit().double(), images.double()
-    expected = merged_plainly(model, images, config)
-    assert sk.verify(model, text).max_difference < 1e-12
-    assert seen_by_mlps(floor.sliced(model, text), images)[:7] == [
-        count.mlp for count in config.token_counts(8, 36)[:7]
-    ]
-    sk.patch(model, text)
-    torch.testing.assert_close(model(images), expected, rtol=1e-6, atol=1e-8)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images), expected, rtol=1e-6, atol=1e-8)
-
-
-def test_merged_sizes_reach_the_blocks_of_a_new_family(merge, images):
-    """The key of a merged token counts as often as it has patches, in eva_family's blocks too."""
-    model = sk.patch(EVAS["DINOv3"](), "2,4(30%,30%)+7:merge")
-    masks = []
-    for block in model.blocks._modules.values():
-        block.attn.register_forward_pre_hook(
-            lambda _, args, kwargs: masks.append(kwargs.get("attn_mask")), with_kwargs=True
-        )
-    model(images)
-    sizes = [None if mask is None else mask.exp().sum(-1).round() for mask in masks]
-    assert [s is None for s in sizes] == [True] * 2 + [False] * 4 + [True] * 2
-    assert all(bool((s == 41).all()) for s in sizes if s is not None)
 
 
 # ----------------------------------------------------------------- what loads what

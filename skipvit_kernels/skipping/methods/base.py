@@ -85,6 +85,13 @@ class Method:
         """(B, N, C): put `tokens` (B, M, C), what `left.tokens` have become, back into x."""
         raise NotImplementedError
 
+    def spread(self, x: Tensor, left: Reduced, tokens: Tensor) -> Tensor:
+        """(B, N, C): each row as the token that it went into, where tokens stand for several.
+
+        An average over it weighs by size, and so does a head's attention.
+        """
+        raise NotImplementedError
+
     def num_left(self, num_patches: int, num_keep: int) -> int:
         """Tokens that go on beside the prefix tokens."""
         return num_keep
