@@ -52,17 +52,14 @@ def missing_kernels(device: str) -> set[str]:
 
 def text() -> str:
     """The kernels and the machine, as `skipvit info` prints them."""
-    table = {(kernel.operator, kernel.key): kernel for kernel in kernels()}
+    found = kernels()
     width = max(map(len, OPERATORS)) + 2
-    lines = ["operator".ljust(width) + "".join(backend.key.ljust(13) for backend in BACKENDS)]
-    for operator in OPERATORS:
-        lines.append(
-            operator.ljust(width)
-            + "".join(table[operator, backend.key].runs.ljust(13) for backend in BACKENDS)
-        )
+    rows = [("operator", *(backend.key for backend in BACKENDS))]
+    rows += [(name, *(k.runs for k in found if k.operator == name)) for name in OPERATORS]
+    lines = [name.ljust(width) + "".join(c.ljust(13) for c in cells) for name, *cells in rows]
     lines.append("")
     missing: dict[tuple[str, str, str], list[str]] = {}
-    for kernel in table.values():
+    for kernel in found:
         if kernel.reason is not None:
             why = kernel.key, kernel.runs, kernel.reason
             missing.setdefault(why, []).append(kernel.operator)

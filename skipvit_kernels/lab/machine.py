@@ -43,11 +43,8 @@ def _version(package: str) -> str:
 def cpu_name() -> str:
     """The model name where the system tells it (Linux), else the architecture."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def free_memory(device: str) -> int:
@@ -55,7 +52,11 @@ def free_memory(device: str) -> int:
     if device == "cuda":
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + unused
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
+    if not Path("/proc/meminfo").exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 1024 * int(re.findall(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[0])
+    return proc_bytes("meminfo", "MemAvailable")
+
+
+def proc_bytes(file: str, key: str) -> int:
+    """What Linux counts under `key` in a file of /proc."""
+    return 1024 * int(re.findall(rf"{key}:\s*(\d+) kB", Path("/proc", file).read_text())[0])
