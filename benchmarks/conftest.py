@@ -15,7 +15,7 @@ import devices
 import pytest
 from rich.console import Console
 
-from skipvit_kernels.lab import bench, info, machine, report
+from skipvit_kernels.lab import bench, info, report
 
 COLUMNS = (
     *("operator", "shape", "dtype", "threads", "ours_us", "naive_us", "best_us", "compiled_us"),
@@ -173,7 +173,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     folder = config.getoption("--models-report")
     if folder is not None and rows:
         command = f"pytest {shlex.join(config.invocation_params.args)}"
-        report.write_page(folder, rows, about=machine.versions(), command=command)
+        report.write_page(folder, rows, command=command)
 
 
 def summarise_operators(terminalreporter: Any, config: pytest.Config) -> None:

@@ -8,8 +8,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from skipvit_kernels import __version__
+from skipvit_kernels.lab.bench import Job, TooLittleMemory, at_least, build
 
 # Per subcommand, the extra that brings what it needs beside torch, and the packages.
 EXTRAS = {
@@ -27,23 +31,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 where a package that the subcommand needs is missing; 2 on values that
-        make no sense (SystemExit on what argparse refuses itself); 130 after Ctrl-C.
+        make no sense (SystemExit on what argparse refuses itself) and on too little memory; 130
+        after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
-    command = args.run.__name__.removeprefix("_")
     try:
-        return args.run(args)
+        if getattr(args, "threads", None) is not None:
+            at_least(1, threads=args.threads)
+            torch.set_num_threads(args.threads)
+        args.run(args)
+        return 0
     except ModuleNotFoundError as error:
-        extra, packages = EXTRAS.get(command, ("", set()))
+        extra, packages = EXTRAS.get(args.command, ("", set()))
         if (error.name or "").partition(".")[0] not in packages:
             raise
         print(
-            f"skipvit {command} needs {error.name}, which is not installed: "
+            f"skipvit {args.command} needs {error.name}, which is not installed: "
             f'pip install "skipvit_kernels[{extra}]"',
             file=sys.stderr,
         )
         return 1
+    except (ValueError, TooLittleMemory) as error:
+        print(f"skipvit {args.command}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("skipvit: interrupted", file=sys.stderr)
         return 130
@@ -54,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="skipvit", description="Skip the patches that do not matter in a vision transformer."
     )
     parser.add_argument("--version", action="version", version=f"skipvit_kernels {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     demo = commands.add_parser(
         "demo",
@@ -73,7 +84,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="for the table and the pictures, written at the end (default %(default)s)",
     )
-    demo.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
     demo.add_argument(
         "--seed",
         type=int,
@@ -81,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the weights and of the order of the images (default %(default)s)",
     )
     demo.set_defaults(run=_demo)
+    _add_threads(demo)
 
     bench = commands.add_parser(
         "bench",
@@ -130,97 +141,60 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--bfloat16", action="store_true", help="under bfloat16 autocast")
-    parser.add_argument("--threads", type=_positive, help="of the CPU (default: torch's choice)")
+    _add_threads(parser)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
 
 
-def _demo(args: argparse.Namespace) -> int:
+def _workload(args: argparse.Namespace) -> dict[str, Any]:
+    """What `_add_workload` takes in, by the attributes of a `Job`."""
+    names = ("model", "batch_size", "image_size", "device", "bfloat16")
+    return {name: getattr(args, name) for name in names}
+
+
+def _demo(args: argparse.Namespace) -> None:
     from skipvit_kernels.lab import demo
 
-    try:
-        options = demo.Options(args.epochs, args.out, args.threads, args.seed)
-    except ValueError as error:
-        print(f"skipvit demo: {error}", file=sys.stderr)
-        return 2
-    demo.run(options)
-    return 0
+    demo.run(args.epochs, args.out, args.seed)
 
 
-def _bench(args: argparse.Namespace) -> int:
-    from skipvit_kernels.lab import bench, report
+def _bench(args: argparse.Namespace) -> None:
+    from skipvit_kernels.lab import report
     from skipvit_kernels.skipping import presets
     from skipvit_kernels.skipping.cost import ViTShape
 
-    _set_threads(args.threads)
+    configs = (*(args.configs or ()), *(presets.TABLE_1 if args.table_1 else ()))
+    job = Job(
+        configs=configs,
+        training=False,
+        compiled=args.compiled,
+        rounds=args.rounds,
+        **_workload(args),
+    )
+    if not configs:
+        model = build(job)
+        usual, _ = presets.usual(model)
+        bare = presets.scaled("6(55%)+11", ViTShape.of(model).depth)
+        job = dataclasses.replace(job, configs=(bare, *usual))
     modes = {"forward": [False], "training": [True], "both": [False, True]}[args.mode]
-    try:
-        job = bench.Job(
-            args.model,
-            (*(args.configs or []), *(presets.TABLE_1 if args.table_1 else [])),
-            batch_size=args.batch_size,
-            training=False,
-            image_size=args.image_size,
-            device=args.device,
-            bfloat16=args.bfloat16,
-            compiled=args.compiled,
-            rounds=args.rounds,
-        )
-        if not job.configs:
-            model = bench.build(job)
-            usual, _ = presets.usual(model)
-            bare = presets.scaled("6(55%)+11", ViTShape.of(model).depth)
-            job = dataclasses.replace(job, configs=(bare, *usual))
-        jobs = [dataclasses.replace(job, training=training) for training in modes]
-        report.run_jobs(jobs, report=args.report, command=f"skipvit {shlex.join(args.argv)}")
-    except ValueError as error:
-        print(f"skipvit bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+    jobs = [dataclasses.replace(job, training=training) for training in modes]
+    report.run_jobs(jobs, report=args.report, command=f"skipvit {shlex.join(args.argv)}")
 
 
-def _advise(args: argparse.Namespace) -> int:
-    from skipvit_kernels.lab import bench
+def _advise(args: argparse.Namespace) -> None:
     from skipvit_kernels.lab.advise import advise
 
-    _set_threads(args.threads)
-    try:
-        job = bench.Job(
-            args.model,
-            (),
-            batch_size=args.batch_size,
-            training=not args.inference,
-            image_size=args.image_size,
-            device=args.device,
-        )
-        advice = advise(
-            bench.build(job),
-            args.batch_size,
-            training=not args.inference,
-            bfloat16=args.bfloat16,
-            seconds=args.seconds,
-        )
-    except (ValueError, bench.TooLittleMemory) as error:
-        print(f"skipvit advise: {error}", file=sys.stderr)
-        return 2
+    job = Job(configs=(), training=not args.inference, **_workload(args))
+    model = build(job)
+    advice = advise(
+        model, job.batch_size, training=job.training, bfloat16=job.bfloat16, seconds=args.seconds
+    )
     print(advice)
-    return 0
 
 
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _info(args: argparse.Namespace) -> int:
+def _info(args: argparse.Namespace) -> None:
     from skipvit_kernels.lab import info
 
     print(info.text())
-    return 0

@@ -29,7 +29,6 @@ class Finding:
             nothing drops.
         ideal_speedup: what the arithmetic allows.
         pays: whether `speedup` is beyond the noise, and beyond two percent.
-        lossless: whether the logits stay what they are.
         reason: what it gives, or what limits it.
     """
 
@@ -38,8 +37,12 @@ class Finding:
     floor_speedup: float | None
     ideal_speedup: float
     pays: bool
-    lossless: bool
     reason: str
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the logits stay what they are."""
+        return not SkipConfig.parse(self.config).drop_at
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -50,20 +53,25 @@ class Advice:
         workload: what was measured.
         findings: of each setting, the best first.
         noise: the share by which the unpatched model differed from itself.
-        recommended: the fastest setting that pays, whose outputs differ from the unpatched model's
-            unless it is `lossless`; None where none pays.
-        lossless: the fastest setting that pays and changes no logit; None where none does.
         notes: what else is to be known: a setting that is not possible here, a smaller batch.
     """
 
     workload: str
     findings: tuple[Finding, ...]
     noise: float
-    recommended: str | None
-    lossless: str | None
     notes: tuple[str, ...]
 
-    def __str__(self) -> str:
+    @property
+    def recommended(self) -> str | None:
+        """The fastest setting that pays, which changes outputs unless it is `lossless`, or None."""
+        return next((finding.config for finding in self.findings if finding.pays), None)
+
+    @property
+    def lossless(self) -> str | None:
+        """The fastest setting that pays and changes no logit; None where none does."""
+        return next((f.config for f in self.findings if f.pays and f.lossless), None)
+
+    def __repr__(self) -> str:
         width = max(len("setting"), *(len(finding.config) for finding in self.findings)) + 2
         lines = [
             f"{self.workload}; noise {self.noise:.1%}",
@@ -89,13 +97,6 @@ class Advice:
         if self.lossless is not None:
             lines.append(f'Recommended without any loss: sk.patch(model, "{self.lossless}").')
         return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-class _OutOfTime(Exception):
-    pass
 
 
 def advise(
@@ -131,31 +132,30 @@ def advise(
     if not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds}")
     deadline = time.monotonic() + seconds
+    name = getattr(model, "default_cfg", {}).get("architecture") or type(model).__name__
     device = next(model.parameters()).device.type
-    job = bench.Job(
-        type(model).__name__, (), batch_size, training, image_size, device, bfloat16,
-        memory=False, check=False, control=True,
-    )  # fmt: skip
-    original, model = model, copy.deepcopy(model).train(training)
+    model = copy.deepcopy(model).train(training)
     if is_patched(model):
         unpatch(model)
-    name = getattr(original, "default_cfg", {}).get("architecture") or type(model).__name__
     configs, notes = usual(model)
+    job = bench.Job(
+        name, configs, batch_size, training, image_size, device, bfloat16,
+        memory=False, check=False, control=True,
+    )  # fmt: skip
     if image_size is not None:
         model.set_input_size(img_size=image_size)  # type: ignore[operator]
-    job = dataclasses.replace(job, model=name, configs=configs)
     job, limit = _that_fits(job, model, deadline)
     if job.batch_size < batch_size:
         notes.append(f"Measured at batch {job.batch_size}, not {batch_size}: {limit}.")
 
     def in_time() -> None:
         if time.monotonic() > deadline:
-            raise _OutOfTime
+            raise TimeoutError
 
     rows: list[bench.Measurement] = []
     try:
         bench.run(job, rows, model=model, on_call=in_time)
-    except _OutOfTime:
+    except TimeoutError:
         if not rows:
             raise ValueError(
                 f"seconds must allow one round of {len(job.variants)} calls, got {seconds}"
@@ -197,34 +197,24 @@ def _conclude(job: bench.Job, rows: list[bench.Measurement], notes: list[str]) -
     found = {row.config: row for row in rows}
     control = found[bench.CONTROL]
     noise = max(abs(control.speedup - 1), abs(control.paired_speedup - 1))
-    least = max(LEAST_GAIN, 2 * noise)
-    findings = [_finding(found[config], least) for config in job.configs]
+    findings = [_finding(found[config], max(LEAST_GAIN, 2 * noise)) for config in job.configs]
     findings.sort(key=lambda finding: -finding.speedup)
-    paying = [finding for finding in findings if finding.pays]
-    lossless = [finding for finding in paying if finding.lossless]
     if noise > TOO_NOISY:
         notes.append(
             f"The unpatched model differed from itself by {noise:.0%}: other processes disturb "
             "the measurement."
         )
-    return Advice(
-        workload=f"{job}, {len(control.seconds)} rounds",
-        findings=tuple(findings),
-        noise=noise,
-        recommended=paying[0].config if paying else None,
-        lossless=lossless[0].config if lossless else None,
-        notes=tuple(notes),
-    )
+    workload = f"{job}, {len(control.seconds)} rounds"
+    return Advice(workload, tuple(findings), noise, tuple(notes))
 
 
 def _finding(row: bench.Measurement, least: float) -> Finding:
-    lossless = not SkipConfig.parse(row.config).drop_at
     gain, allowed = row.paired_speedup - 1, row.ideal_speedup - 1
+    pays = gain > least
     # Without a floor of its own the setting routes nothing, and is its floor.
     floor_gain = gain if row.paired_floor_speedup is None else row.paired_floor_speedup - 1
-    pays = gain > least
     if pays:
-        reason = "pays, and changes no logit" if lossless else "pays"
+        reason = "pays" if SkipConfig.parse(row.config).drop_at else "pays, and changes no logit"
     elif allowed <= least:
         reason = "too few tokens or blocks: the arithmetic allows no more"
     elif floor_gain <= max(least, allowed / 4):
@@ -235,11 +225,5 @@ def _finding(row: bench.Measurement, least: float) -> Finding:
     else:
         reason = f"the selection takes what the tokens save, {row.paired_overhead:+.1%}"
     return Finding(
-        config=row.config,
-        speedup=row.paired_speedup,
-        floor_speedup=row.paired_floor_speedup,
-        ideal_speedup=row.ideal_speedup,
-        pays=pays,
-        lossless=lossless,
-        reason=reason,
+        row.config, row.paired_speedup, row.paired_floor_speedup, row.ideal_speedup, pays, reason
     )

@@ -24,17 +24,19 @@ from skipvit_kernels.skipping.patch import patch
 from skipvit_kernels.skipping.verify import verify
 
 CONTROL = "unpatched again"
-# The columns of a report: what a `Job` says, and what a `Measurement` does.
+# What a report says of a `Job`.
 RAN = ("model", "mode", "batch_size", "image_size", "device", "dtype", "compiled", "cuda_graph")
-FIGURES = (
-    *("config", "images_per_second", "speedup", "paired_speedup", "ideal_speedup"),
-    *("floor_speedup", "paired_floor_speedup", "overhead", "paired_overhead", "peak_memory"),
-    *("resident_memory", "memory_saved", "activations_saved", "threads", "load"),
-)
 
 
 class TooLittleMemory(Exception):
     """A job that does not fit; its text says what it needs and what there is."""
+
+
+def at_least(least: int, **values: int | None) -> None:
+    """Raise a ValueError that names the first of the values below `least`; None is of any size."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +79,8 @@ class Job:
     control: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("rounds", 1), ("warmup", 0), ("image_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        at_least(1, batch_size=self.batch_size, rounds=self.rounds, image_size=self.image_size)
+        at_least(0, warmup=self.warmup)
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f'device must be "cpu" or "cuda", got {self.device!r}')
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -96,7 +96,7 @@ class Job:
             self.mode,
             f"batch {self.batch_size}",
             *([f"{self.image_size} px"] if self.image_size else []),
-            *(["bfloat16"] if self.bfloat16 else []),
+            self.dtype,
             *(["torch.compile"] if self.compiled else []),
             *(["CUDA graph"] if self.cuda_graph else []),
             self.device,
@@ -110,6 +110,11 @@ class Job:
     @property
     def dtype(self) -> str:
         return "bfloat16" if self.bfloat16 else "float32"
+
+    @property
+    def bytes_per_activation(self) -> int:
+        """Of one number that the blocks keep of each image."""
+        return self.batch_size * (2 if self.bfloat16 else 4)
 
     @property
     def floors(self) -> dict[str, str]:
@@ -135,101 +140,83 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One variant of a job: what was measured, and the figures that follow.
+    """One variant of a job: the figures of its calls, which were timed in turn with the others'.
+
+    Ratios are of the shortest calls and, as `paired_`, the median over the rounds.
 
     Attributes:
         job: what ran, its image size filled in.
         config: one of the job's variants.
-        shape: of the model.
-        times: of all variants of the job, timed in turn in one process: ratios hold among these.
-        peaks, residents: `peak_memory` and `resident_memory` of the variants where measured.
+        images_per_second: of the shortest call.
+        speedup: over the unpatched model.
+        ideal_speedup: what the arithmetic alone allows.
+        floor_speedup: of the sliced model, which selects for free; None where nothing drops.
+        overhead: routing overhead: time over the floor's, less 1.
+        peak_memory: bytes that a call holds at most beyond what was held before, by torch's
+            allocator.
+        resident_memory: the same as the operating system counts it (Linux, on the CPU).
+        memory_saved: unpatched peak less this peak.
+        activations_saved: bytes of the skipped tokens' activations: what a training step's peak
+            should fall by.
         threads, load: of the CPU; its load average when the job began.
+        seconds: each timed call.
     """
 
     job: Job
     config: str
-    shape: ViTShape
-    times: clock.Times
-    peaks: dict[str, int]
-    residents: dict[str, int | None]
+    images_per_second: float
+    speedup: float
+    paired_speedup: float
+    ideal_speedup: float
+    floor_speedup: float | None
+    paired_floor_speedup: float | None
+    overhead: float | None
+    paired_overhead: float | None
+    peak_memory: int | None
+    resident_memory: int | None
+    memory_saved: int | None
+    activations_saved: int | None
     threads: int
     load: float
-
-    @property
-    def seconds(self) -> list[float]:
-        """Each timed call."""
-        return self.times.seconds[self.config]
-
-    @property
-    def images_per_second(self) -> float:
-        """Of the shortest call."""
-        return self.job.batch_size / self.times.best(self.config)
-
-    @property
-    def speedup(self) -> float:
-        """Over the unpatched model, of the shortest calls; `paired_`: median over the rounds."""
-        return self.times.ratio("unpatched", self.config)
-
-    @property
-    def paired_speedup(self) -> float:
-        return self.times.paired_ratio("unpatched", self.config)
-
-    @property
-    def ideal_speedup(self) -> float:
-        """What the arithmetic alone allows."""
-        return ideal_speedup(self.shape, self.job.variants[self.config])
-
-    @property
-    def floor(self) -> str | None:
-        """The sliced variant, which selects for free; None where nothing drops."""
-        name = f"sliced {self.config}"
-        return name if name in self.job.floors else None
-
-    @property
-    def floor_speedup(self) -> float | None:
-        return self.times.ratio("unpatched", self.floor) if self.floor else None
-
-    @property
-    def paired_floor_speedup(self) -> float | None:
-        return self.times.paired_ratio("unpatched", self.floor) if self.floor else None
-
-    @property
-    def overhead(self) -> float | None:
-        """Routing overhead: time over the floor's, less 1."""
-        return self.times.ratio(self.config, self.floor) - 1 if self.floor else None
-
-    @property
-    def paired_overhead(self) -> float | None:
-        return self.times.paired_ratio(self.config, self.floor) - 1 if self.floor else None
-
-    @property
-    def peak_memory(self) -> int | None:
-        """Bytes that a call holds at most beyond what was held before, by torch's allocator."""
-        return self.peaks.get(self.config)
-
-    @property
-    def resident_memory(self) -> int | None:
-        """The same as the operating system counts it (Linux, on the CPU)."""
-        return self.residents.get(self.config)
-
-    @property
-    def memory_saved(self) -> int | None:
-        """Unpatched peak less this peak."""
-        peak = self.peak_memory
-        return None if peak is None else self.peaks["unpatched"] - peak
-
-    @property
-    def activations_saved(self) -> int | None:
-        """Bytes of the skipped tokens' activations: what a training step's peak should fall by."""
-        if not self.job.training:
-            return None
-        everything = _activation_bytes(self.job, self.shape)
-        return everything - _activation_bytes(self.job, self.shape, self.job.variants[self.config])
+    seconds: list[float]
 
     def record(self) -> dict[str, Any]:
-        """Every figure by its column of a report's results.csv."""
+        """Every figure by its column of a report's results.csv, and the seconds of its calls."""
         ran = {name: getattr(self.job, name) for name in RAN}
-        return ran | {name: getattr(self, name) for name in FIGURES}
+        return ran | {name: value for name, value in vars(self).items() if name != "job"}
+
+
+def measurement(
+    job: Job,
+    name: str,
+    shape: ViTShape,
+    times: clock.Times,
+    peaks: dict[str, int],
+    residents: dict[str, int | None],
+    load: float,
+) -> Measurement:
+    """The figures of a variant of the job, from the times and memory of all."""
+    floor = f"sliced {name}" if f"sliced {name}" in job.floors else None
+    fewer = activations(shape) - activations(shape, job.variants[name])
+    return Measurement(
+        job=job,
+        config=name,
+        images_per_second=job.batch_size / times.best(name),
+        speedup=times.ratio("unpatched", name),
+        paired_speedup=times.paired_ratio("unpatched", name),
+        ideal_speedup=ideal_speedup(shape, job.variants[name]),
+        floor_speedup=times.ratio("unpatched", floor) if floor else None,
+        paired_floor_speedup=times.paired_ratio("unpatched", floor) if floor else None,
+        overhead=times.ratio(name, floor) - 1 if floor else None,
+        paired_overhead=times.paired_ratio(name, floor) - 1 if floor else None,
+        peak_memory=peaks.get(name),
+        resident_memory=residents.get(name),
+        memory_saved=peaks["unpatched"] - peaks[name] if name in peaks else None,
+        activations_saved=fewer * job.bytes_per_activation if job.training else None,
+        threads=torch.get_num_threads(),
+        load=load,
+        seconds=times.of(name),
+    )
 
 
 def build(job: Job) -> Any:
@@ -245,11 +232,9 @@ def build(job: Job) -> Any:
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ValueError(f"model must be a timm model's name, got {job.model!r}{hint}")
     torch.manual_seed(0)
+    size: dict[str, Any] = {} if job.image_size is None else {"img_size": job.image_size}
     try:
-        if job.image_size is None:
-            model = timm.create_model(job.model)
-        else:
-            model = timm.create_model(job.model, img_size=job.image_size)
+        model = timm.create_model(job.model, **size)
     except TypeError as error:
         raise ValueError(f"{job.model} cannot be built at {job.image_size} px: {error}") from error
     return model.to(job.device).train(job.training)
@@ -277,28 +262,23 @@ def run(
     """
     model = build(job) if model is None else model
     variants: dict[str, nn.Module] = {}
-    for name in job.variants:
-        if name in job.floors:
-            variants[name] = sliced(model, job.floors[name])
-        else:
-            variants[name] = twin(model)
+    for name, drops in job.variants.items():
+        variants[name] = sliced(model, drops) if name in job.floors else twin(model)
         if name in job.configs:
             patch(variants[name], name, warmup_epochs=0)
     check_memory(job, model)
-    if job.check:
-        image = torch.randn(1, *families.of(model).image_shape(model), device=job.device)
-        for config in job.configs:
-            verify(model, config, images=image)
+    image_shape = families.of(model).image_shape(model)
+    for config in job.configs if job.check else ():
+        verify(model, config, images=torch.randn(1, *image_shape, device=job.device))
     load = os.getloadavg()[0]
-    calls = {name: _call(job, model, variant) for name, variant in variants.items()}
-    times = clock.Times.of(calls)
+    calls = {name: _call(job, variant, image_shape) for name, variant in variants.items()}
+    times = clock.Times([])
     peaks: dict[str, int] = {}
     residents: dict[str, int | None] = {}
     try:
         clock.interleave(
-            calls, rounds=job.rounds, warmup=job.warmup, device=job.device, times=times,
-            on_call=on_call,
-        )  # fmt: skip
+            calls, times, rounds=job.rounds, warmup=job.warmup, device=job.device, on_call=on_call
+        )
         for name in ("unpatched", *job.configs) if job.memory else ():
             peaks[name] = clock.peak_memory(calls[name], device=job.device)
             on_call()
@@ -313,29 +293,22 @@ def run(
         reason, *_ = str(error).splitlines() or ["out of memory"]
         raise TooLittleMemory(f"{job} does not fit: {reason}") from error
     finally:
-        times = times.whole_rounds()
-        if times.seconds["unpatched"]:
-            ran = dataclasses.replace(job, image_size=families.of(model).image_shape(model)[1])
-            about = (ViTShape.of(model), times, peaks, residents, torch.get_num_threads(), load)
-            rows += [Measurement(ran, name, *about) for name in job.variants]
+        if times.rounds:
+            ran = dataclasses.replace(job, image_size=image_shape[1])
+            about = (ViTShape.of(model), times, peaks, residents, load)
+            rows += [measurement(ran, name, *about) for name in job.variants]
 
 
-def _call(job: Job, model: Any, variant: nn.Module) -> Callable[[], None]:
+def _call(job: Job, variant: nn.Module, image_shape: tuple[int, ...]) -> Callable[[], None]:
     """One inference or training step of a variant on random images, as a call to time."""
     if job.compiled:
         variant = torch.compile(variant)  # type: ignore[assignment]
-    images = torch.randn(job.batch_size, *families.of(model).image_shape(model), device=job.device)
-    autocast = torch.bfloat16 if job.bfloat16 else None
+    images = torch.randn(job.batch_size, *image_shape, device=job.device)
     if not job.training:
-        step = clock.forward_step(variant, images, autocast=autocast)
+        step = clock.forward_step(variant, images, bfloat16=job.bfloat16)
         return clock.cuda_graph(step) if job.cuda_graph else step
     labels = torch.zeros(job.batch_size, dtype=torch.int64, device=job.device)
-    return clock.training_step(variant, images, labels, autocast=autocast)
-
-
-def _activation_bytes(job: Job, shape: ViTShape, config: str = "") -> int:
-    """That a training step of the job keeps for the backward."""
-    return activations(shape, config) * job.batch_size * (2 if job.bfloat16 else 4)
+    return clock.training_step(variant, images, labels, bfloat16=job.bfloat16)
 
 
 def check_memory(job: Job, model: Any) -> None:
@@ -346,7 +319,7 @@ def check_memory(job: Job, model: Any) -> None:
     """
     free = machine.free_memory(job.device)
     shape = ViTShape.of(model)
-    images = _activation_bytes(job, shape)
+    images = activations(shape) * job.bytes_per_activation
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
     needed = images + weights if job.training else images // shape.depth
     if needed > free:

@@ -1,6 +1,7 @@
 """Clocks: calls timed in turn, and the most memory that one holds.
 
-times = interleave({"patched": step(patched), "sliced": step(floor)})
+times = Times([])
+interleave({"patched": step(patched), "sliced": step(floor)}, times)
 times.ratio("patched", "sliced") - 1                   # the routing overhead
 """
 
@@ -12,7 +13,6 @@ import dataclasses
 import gc
 import itertools
 import os
-import re
 import statistics
 import sys
 import time
@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
+from skipvit_kernels.lab import machine
 
-def forward_step(
-    model: nn.Module, images: Tensor, *, autocast: torch.dtype | None = None
-) -> Callable[[], None]:
+
+def forward_step(model: nn.Module, images: Tensor, *, bfloat16: bool = False) -> Callable[[], None]:
     """An inference of `images`, as a call to time. Sets nothing on the model."""
 
     @torch.inference_mode()
     def step() -> None:
-        with _autocast(images, autocast):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
             model(images)
 
     return step
@@ -53,63 +53,38 @@ def cuda_graph(call: Callable[[], None]) -> Callable[[], None]:
 
 
 def training_step(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    autocast: torch.dtype | None = None,
+    model: nn.Module, images: Tensor, labels: Tensor, *, bfloat16: bool = False
 ) -> Callable[[], None]:
-    """Forward, cross entropy, backward and, where given, the optimizer's step, as a call to time.
+    """Forward, cross entropy and backward, as a call to time.
 
     The gradients are freed at its end, so that every call starts from the same memory.
     """
 
     def step() -> None:
-        with _autocast(images, autocast):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
             loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
-        if optimizer is not None:
-            optimizer.step()
         model.zero_grad()
 
     return step
 
 
-def _autocast(images: Tensor, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None)
-
-
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """What `interleave` measured: entry r of every list is round r.
+    """What `interleave` measured: the seconds of each call of a round, by name.
 
-    Attributes:
-        seconds: per name, wall time of each call; on CUDA the device's, between two events.
-        cpu_seconds: per name, processor time of all threads of this process.
+    Wall time on the CPU; on CUDA the device's, between two events.
     """
 
-    seconds: dict[str, list[float]]
-    cpu_seconds: dict[str, list[float]]
+    rounds: list[dict[str, float]]
 
-    @classmethod
-    def of(cls, names: Iterable[str]) -> Times:
-        """With nothing measured so far."""
-        names = list(names)
-        return cls({name: [] for name in names}, {name: [] for name in names})
-
-    def whole_rounds(self) -> Times:
-        """Without the calls of a round that was interrupted."""
-        rounds = min(map(len, self.cpu_seconds.values()))
-        seconds, cpu = (
-            {name: values[:rounds] for name, values in lists.items()}
-            for lists in (self.seconds, self.cpu_seconds)
-        )
-        return Times(seconds, cpu)
+    def of(self, name: str) -> list[float]:
+        """Of one call, round by round."""
+        return [seconds[name] for seconds in self.rounds]
 
     def best(self, name: str) -> float:
-        """The shortest call, in seconds: what noise cannot improve on."""
-        return min(self.seconds[name])
+        """The shortest call: what noise cannot improve on."""
+        return min(self.of(name))
 
     def ratio(self, name: str, base: str) -> float:
         """Time of `name` over time of `base`, of the shortest calls."""
@@ -117,66 +92,57 @@ class Times:
 
     def paired_ratio(self, name: str, base: str) -> float:
         """The same as the median over the rounds: no drift of the machine reaches it."""
-        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+        return statistics.median(seconds[name] / seconds[base] for seconds in self.rounds)
 
 
 def interleave(
     calls: Mapping[str, Callable[[], object]],
+    times: Times,
     *,
-    rounds: int = 10,
-    warmup: int = 2,
-    device: torch.device | str = "cpu",
-    times: Times | None = None,
-    on_call: Callable[[], object] | None = None,
-) -> Times:
+    rounds: int,
+    warmup: int,
+    device: str = "cpu",
+    on_call: Callable[[], object] = lambda: None,
+) -> None:
     """Time the calls in turn, A B C A B C ..., in this process and without garbage collection.
 
     Args:
-        calls: by name; at least one.
-        rounds: timed rounds, at least 1.
+        calls: by name.
+        times: what to add to; whoever is interrupted has the finished rounds in it.
+        rounds: timed rounds.
         warmup: rounds before them that are not timed.
         device: where the calls' work runs.
-        times: what to add to and return; a caller that is interrupted still has it.
         on_call: called after each, for a progress bar.
-
-    Raises:
-        ValueError: without calls or rounds.
     """
-    if not calls or rounds < 1 or warmup < 0:
-        raise ValueError(
-            "interleave needs calls, rounds >= 1 and warmup >= 0, "
-            f"got {len(calls)} calls, rounds={rounds}, warmup={warmup}"
-        )
-    timed = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
-    times = Times.of(calls) if times is None else times
     with _no_garbage_collection():
         for turn in range(-warmup, rounds):
+            seconds: dict[str, float] = {}
             for name, call in calls.items():
-                cpu = time.process_time()
-                seconds = timed(call)
-                if turn >= 0:
-                    times.seconds[name].append(seconds)
-                    times.cpu_seconds[name].append(time.process_time() - cpu)
-                if on_call is not None:
-                    on_call()
-    return times
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                start = _mark(device)
+                call()
+                (seconds[name],) = _between([start, _mark(device)])
+                on_call()
+            if turn >= 0:
+                times.rounds.append(seconds)
 
 
-def _cpu_seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _mark(device: str) -> Any:
+    """Now: on the wall, or in what the device has been handed."""
+    if device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
-def _cuda_seconds(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def _between(marks: list[Any]) -> list[float]:
+    """Seconds from each mark to the next."""
+    if isinstance(marks[0], float):
+        return [b - a for a, b in itertools.pairwise(marks)]
     torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
 
 
 @contextlib.contextmanager
@@ -191,7 +157,7 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def peak_memory(call: Callable[[], object], *, device: torch.device | str = "cpu") -> int:
+def peak_memory(call: Callable[[], object], *, device: str = "cpu") -> int:
     """Most bytes of tensors that one call holds at once, beyond those held when it starts.
 
     On CUDA by the caching allocator's own count. On the CPU from the profiler's record of every
@@ -199,7 +165,7 @@ def peak_memory(call: Callable[[], object], *, device: torch.device | str = "cpu
     What libraries take past torch's allocator (a BLAS's buffers) is not seen. Make the call once
     before where its first time allocates more (an optimizer's state).
     """
-    if torch.device(device).type == "cuda":
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
@@ -215,12 +181,8 @@ def peak_memory(call: Callable[[], object], *, device: torch.device | str = "cpu
         call()
     assert profile.profiler is not None
     events = profile.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
+    changes = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate((change.nbytes() for change in changes), initial=0))
 
 
 def resident_peak(call: Callable[[], object]) -> int | None:
@@ -238,14 +200,9 @@ def resident_peak(call: Callable[[], object]) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
     except OSError:
         return None
-    before = _status_kib("VmRSS")
+    before = machine.proc_bytes("self/status", "VmRSS")
     call()
-    return 1024 * (_status_kib("VmHWM") - before)
-
-
-def _status_kib(key: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(rf"{key}:\s*(\d+) kB", status)[0])
+    return machine.proc_bytes("self/status", "VmHWM") - before
 
 
 def layer_seconds(model: nn.Module, blocks: Iterable[nn.Module], images: Tensor) -> list[float]:
@@ -255,30 +212,16 @@ def layer_seconds(model: nn.Module, blocks: Iterable[nn.Module], images: Tensor)
     own layer and a rejoin for the layer before it; of the last block to the end of the model. Wall
     time on the CPU, the device's on CUDA. The model must not be compiled: hooks mark the times.
     """
-    cuda = images.device.type == "cuda"
     marks: list[Any] = []
     layer_of = {part: at for at, block in enumerate(blocks) for part in block.modules()}
 
-    def mark() -> None:
-        if cuda:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(time.perf_counter())
-
     def begin(part: nn.Module, args: Any) -> None:
         if layer_of[part] == len(marks):
-            mark()
+            marks.append(_mark(images.device.type))
 
-    handles = [part.register_forward_pre_hook(begin) for part in layer_of]
-    try:
-        with torch.inference_mode():
-            model(images)
-            mark()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if cuda:
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
-    return [b - a for a, b in itertools.pairwise(marks)]
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for part in layer_of:
+            hooks.enter_context(part.register_forward_pre_hook(begin))
+        model(images)
+        marks.append(_mark(images.device.type))
+    return _between(marks)

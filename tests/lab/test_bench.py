@@ -126,9 +126,9 @@ def test_each_variant_runs_as_the_job_says(training, monkeypatch):
     """In its mode and precision, compiled, and dropping whatever the notation's warm-up."""
     ran, compiled = [], []
 
-    def step(variant, images, labels=None, *, autocast):
+    def step(variant, images, labels=None, *, bfloat16):
         dropping = getattr(variant.blocks, "dropping", False)
-        ran.append((dropping, variant.training, len(images), autocast))
+        ran.append((dropping, variant.training, len(images), bfloat16))
         return lambda: None
 
     monkeypatch.setattr(clock, "training_step" if training else "forward_step", step)
@@ -136,7 +136,7 @@ def test_each_variant_runs_as_the_job_says(training, monkeypatch):
     found: list[Measurement] = []
     bench.run(job(configs=("6(55%)+11:warmup=15",), training=training, bfloat16=True,
                   compiled=True, memory=False, check=False), found)  # fmt: skip
-    assert ran == [(dropping, training, 2, torch.bfloat16) for dropping in (False, True, True)]
+    assert ran == [(dropping, training, 2, True) for dropping in (False, True, True)]
     assert len(compiled) == 3
     assert {(row.job.dtype, row.job.compiled) for row in found} == {("bfloat16", True)}
     model = timm.create_model("deit_tiny_patch16_224", img_size=64)
@@ -204,7 +204,7 @@ def test_a_job_that_does_not_fit_is_left_out_and_the_rest_goes_on(monkeypatch, c
     rows = report.run_jobs(jobs, report=tmp_path / "out", command="skipvit bench ...")
     assert [row.config for row in rows] == ["unpatched", ":cls"]
     printed = capsys.readouterr().out
-    assert "batch 10000, 64 px, cpu needs about" in " ".join(printed.split())
+    assert "batch 10000, 64 px, float32, cpu needs about" in " ".join(printed.split())
     assert "batch 10000" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(TooLittleMemory, match="GiB are free"):
         bench.run(job(batch_size=100), [])
@@ -237,6 +237,8 @@ def test_other_errors_pass(monkeypatch):
     [
         (dict(batch_size=0), "batch_size must be at least 1, got 0"),
         (dict(rounds=0), "rounds must be at least 1, got 0"),
+        (dict(warmup=-1), "warmup must be at least 0, got -1"),
+        (dict(image_size=0), "image_size must be at least 1, got 0"),
         (dict(device="tpu"), 'device must be "cpu" or "cuda", got \'tpu\''),
         (dict(configs=("6(120%)",)), "ratios must lie between 0% and 100%, got 120%"),
         (dict(cuda_graph=True), "cuda_graph needs device cuda and training False"),
@@ -310,15 +312,16 @@ def test_layer_seconds_tell_the_slow_block():
 
 def test_the_page_has_every_number(rows, tmp_path):
     blocks = {"unpatched": [0.002] * 12, "6(55%)+11": [0.001] * 12}
-    page = report.write_page(tmp_path, rows, about={"CPU": "a fast one"}, command="skipvit bench",
-                             skipped=["too large"], blocks=blocks)  # fmt: skip
+    page = report.write_page(
+        tmp_path, rows, command="skipvit bench", skipped=["too large"], blocks=blocks
+    )
     text = page.read_text()
     for part in (
-        "a fast one",
+        f"- CPU: {machine.cpu_name()}, 1 threads",
         "    skipvit bench",
         "- too large",
         "`6(45%)+fused:cls`",
-        "deit_tiny_patch16_224, training step, batch 2, 64 px, float32, 1 CPU threads",
+        "## deit_tiny_patch16_224, training step, batch 2, 64 px, float32, cpu, 1 threads",
     ):
         assert part in text  # fmt: skip
     saved = next(row for row in rows[6:] if row.config == "6(55%)+11")
@@ -326,7 +329,7 @@ def test_the_page_has_every_number(rows, tmp_path):
     for name in ("speedup", "memory", "blocks"):
         assert f"({name}.png)" in text and (tmp_path / f"{name}.png").stat().st_size > 10_000
     loaded = json.loads((tmp_path / "results.json").read_text())
-    assert loaded == [row.record() | {"seconds": row.seconds} for row in rows]
+    assert loaded == [row.record() for row in rows] and loaded[7]["seconds"] == rows[7].seconds
     with (tmp_path / "results.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [r["config"] for r in read] == [row.config for row in rows]
@@ -347,8 +350,11 @@ def known_rows():
     }
     job = Job("deit", ("6(55%)+11",), batch_size=2, training=True, image_size=64)
     peaks = {"unpatched": 40 * 2**20, "6(55%)+11": 30 * 2**20}
-    about = (SIZES, clock.Times(seconds, seconds), peaks, {}, 1, 0.0)
-    return [Measurement(job, name, *about) for name in job.variants]
+    rounds = [
+        dict(zip(seconds, calls, strict=True)) for calls in zip(*seconds.values(), strict=True)
+    ]
+    about = (SIZES, clock.Times(rounds), peaks, {}, 0.0)
+    return [bench.measurement(job, name, *about) for name in job.variants]
 
 
 def test_each_cell_holds_the_figure_of_its_column():
@@ -402,9 +408,9 @@ def fake_run(speedups, control=1.0, rounds=8, seconds=0.001):
         for config in job.configs:
             patched, floor = speedups.get(config, (1.0, 1.0))
             speeds |= {config: patched, f"sliced {config}": floor}
-        times = {name: [seconds / speeds[name]] * rounds for name in job.variants}
-        about = (sk.ViTShape.of(model), clock.Times(times, times), {}, {}, 1, 0.0)
-        rows += [Measurement(job, name, *about) for name in job.variants]
+        times = clock.Times([{name: seconds / speeds[name] for name in job.variants}] * rounds)
+        about = (sk.ViTShape.of(model), times, {}, {}, 0.0)
+        rows += [bench.measurement(job, name, *about) for name in job.variants]
 
     return run
 
@@ -463,7 +469,7 @@ def test_advice_takes_the_largest_batch_that_fits(model, monkeypatch):
 
     monkeypatch.setattr(bench, "run", run)
     advice = advise(model, 64)
-    assert "batch 4, cpu" in advice.workload
+    assert "batch 4, float32, cpu" in advice.workload
     assert advice.notes == ("Measured at batch 4, not 64: batch 8 is too much.",)
 
 
@@ -552,6 +558,7 @@ def test_an_interrupted_bench_command_keeps_what_it_has(monkeypatch, capsys, tmp
         (["bench", "deit_tiny_patch16_224", "--config", "13(20%)"], "skipvit bench: drop_at must"),
         (["bench", "resnet18"], "skipvit bench: model must be a timm VisionTransformer"),
         (["bench", "--report", __file__], "skipvit bench: report must be a folder that can be"),
+        (["bench", "--threads", "0"], "skipvit bench: threads must be at least 1, got 0"),
         (["advise", "resnet18"], "skipvit advise: model must be a timm VisionTransformer"),
         (["advise", "deit_tiny_patch16_224", "--seconds", "-1"], "skipvit advise: seconds must be"),
     ],
