@@ -78,17 +78,10 @@ def _parser() -> argparse.ArgumentParser:
         "--epochs", type=int, default=6, help="of each training (default %(default)s)"
     )
     demo.add_argument(
-        "--out",
-        type=Path,
-        default=Path("demo_results"),
-        metavar="FOLDER",
-        help="for the table and the pictures, written at the end (default %(default)s)",
+        "--out", type=Path, default="demo_results", help="folder to write (default %(default)s)"
     )
     demo.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the weights and of the order of the images (default %(default)s)",
+        "--seed", type=int, default=0, help="of weights and order of images (default %(default)s)"
     )
     demo.set_defaults(run=_demo)
     _add_threads(demo)

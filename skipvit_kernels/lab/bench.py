@@ -119,11 +119,8 @@ class Job:
     @property
     def floors(self) -> dict[str, str]:
         """The sliced models: name of each and the configuration that it is the floor of."""
-        return {
-            f"sliced {config}": config
-            for config in self.configs
-            if SkipConfig.parse(config).drop_at
-        }
+        dropping = (config for config in self.configs if SkipConfig.parse(config).drop_at)
+        return {f"sliced {config}": config for config in dropping}
 
     @property
     def variants(self) -> dict[str, str]:

@@ -22,8 +22,8 @@ def versions() -> dict[str, str]:
         "timm": _version("timm"),
         "triton": _version("triton"),
         "Python": platform.python_version(),
+        "CPU": f"{cpu_name()}, {torch.get_num_threads()} threads",
     }
-    found["CPU"] = f"{cpu_name()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         found["CUDA device"] = torch.cuda.get_device_name()
     if backends.cpu.unavailable_reason() is None:

@@ -215,8 +215,7 @@ def memory_lines(rows: Iterable[Measurement]) -> list[str]:
 
 def speedup_chart(rows: Iterable[Measurement]) -> Figure | None:
     """One panel a group; None without rows."""
-    found = {title: without_floors(members)[1:] for title, members in groups(rows).items()}
-    found = {title: members for title, members in found.items() if members}
+    found = groups(row for row in without_floors(rows) if row.config != "unpatched")
     if not found:
         return None
     heights = [0.5 + 0.3 * len(members) for members in found.values()]
