@@ -65,7 +65,7 @@ def test_interleave_times_each_call_and_keeps_whole_rounds():
     turns = itertools.count(1)
 
     def on_call():
-        if next(turns) == 5:  # in the third round
+        if next(turns) == 6:  # in the third round
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -77,6 +77,30 @@ def test_interleave_turns_garbage_collection_on_again_after_an_error():
     with pytest.raises(ZeroDivisionError):
         clock.interleave({"A": lambda: 1 / 0}, clock.Times([]), rounds=1, warmup=0)
     assert gc.isenabled()
+
+
+def test_the_time_on_a_device_is_between_its_own_events(monkeypatch):
+    """Begun after all that it was handed before; here a pretended one, with 5 ms between events."""
+    done, clocks = [], itertools.count(0, 5)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("record")
+            self.at = next(clocks)
+
+        def elapsed_time(self, end):
+            assert done[-1] == "synchronize"
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    times, calls = clock.Times([]), {"A": lambda: done.append("call")}
+    clock.interleave(calls, times, rounds=1, warmup=0, device="cuda")
+    assert done == ["synchronize", "record", "call", "record", "synchronize"]
+    assert times.rounds == [{"A": 0.005}]
 
 
 def test_ratios():
