@@ -131,11 +131,7 @@ def test_merging_does_all_that_the_other_methods_do(images, text):
     assert sk.verify(model, text).max_difference < 1e-5
     counts = config.token_counts(8, 36)
     for variant in (floor.sliced(model, text), sk.patch(copy.deepcopy(model), text)):
-        seen = []
-        for block in variant.blocks._modules.values():
-            block.norm2.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-        variant(images)
-        assert seen == [count.mlp for count in counts]
+        assert seen_by_mlps(variant, images) == [count.mlp for count in counts]
     assert sk.ideal_speedup(model, text) > 1
     sk.patch(model, text)
     routed = model(images)
@@ -143,6 +139,14 @@ def test_merging_does_all_that_the_other_methods_do(images, text):
     torch.testing.assert_close(compiled(images), routed, rtol=1e-5, atol=1e-5)
     model.train().set_grad_checkpointing()
     torch.testing.assert_close(model(images), routed, rtol=1e-5, atol=1e-5)
+
+
+def seen_by_mlps(model, images):
+    seen = []
+    for block in model.blocks._modules.values():
+        block.norm2.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    model(images)
+    return seen
 
 
 def test_a_drop_of_nothing_is_the_unpatched_model_bit_for_bit(images):
@@ -210,7 +214,7 @@ def test_what_cannot_be_merged_is_refused(images):
         model(images)
     with pytest.raises(ValueError, match='rejoin must be a layer or "end" or "fused"'):
         sk.SkipConfig.parse("3(55%)+merge")
-    with pytest.raises(ValueError, match="rejoin_update must be .none. with method .merge."):
+    with pytest.raises(ValueError, match=r"rejoin_update must be .none. with method .merge."):
         sk.SkipConfig.parse("3(55%)+7:merge,mean")
 
 
