@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train a small ViT with and without skipping, and measure what it gains",
         description="Train a small ViT on scikit-learn's handwritten digits (nothing is "
-        "downloaded) without skipping, with it, and with EViT's fused token; measure speed, memory "
-        "and accuracy side by side. On the CPU, in about two minutes.",
+        "downloaded) without skipping, with it, with EViT's fused token and with merging; "
+        "measure speed, memory and accuracy side by side. On the CPU, in about two minutes.",
     )
     demo.add_argument(
         "--epochs", type=int, default=6, help="of each training (default %(default)s)"

@@ -44,6 +44,12 @@ class Finding:
         """Whether the logits stay what they are."""
         return not SkipConfig.parse(self.config).drop_at
 
+    @property
+    def untrained(self) -> bool:
+        """Whether a pretrained model loses little by it as it is: merged, and restored."""
+        config = SkipConfig.parse(self.config)
+        return self.lossless or (config.method == "merge" and config.rejoin_at is not None)
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Advice:
@@ -65,6 +71,11 @@ class Advice:
     def recommended(self) -> str | None:
         """The fastest setting that pays, which changes outputs unless it is `lossless`, or None."""
         return next((finding.config for finding in self.findings if finding.pays), None)
+
+    @property
+    def untrained(self) -> str | None:
+        """The fastest setting that pays and needs no training; None where none does."""
+        return next((f.config for f in self.findings if f.pays and f.untrained), None)
 
     @property
     def lossless(self) -> str | None:
@@ -89,10 +100,15 @@ class Advice:
             lines.append("Recommended: nothing can be told from the noise, measure again.")
         elif self.recommended is None:
             lines.append("Recommended: none, the model is best left as it is here.")
-        elif self.recommended != self.lossless:
+        elif self.recommended != self.untrained:
             lines.append(
                 f'Recommended: sk.patch(model, "{self.recommended}"). It changes the outputs: '
                 "train or fine-tune with it."
+            )
+        if self.untrained != self.lossless:
+            lines.append(
+                f'Recommended without training: sk.patch(model, "{self.untrained}"). A pretrained '
+                "model loses little by it (docs/results/frontier_deit_tiny): check yours."
             )
         if self.lossless is not None:
             lines.append(f'Recommended without any loss: sk.patch(model, "{self.lossless}").')
@@ -112,9 +128,9 @@ def advise(
 
         print(sk.advise(model, batch_size=64))
 
-    The settings are the paper's fastest skip, its two-stage skip and EViT's fused token, at the
-    same fractions of the depth, each with the lossless last block where the head allows it, and
-    that alone. They are timed in turn, with their sliced floors, and with the unpatched model
+    The settings are the paper's fastest skip, its two-stage skip, EViT's fused token and merging,
+    at the same fractions of the depth, each with the lossless last block where the head allows it,
+    and that alone. They are timed in turn, with their sliced floors, and with the unpatched model
     twice: what the two differ by is noise.
 
     Args:

@@ -421,15 +421,21 @@ def model():
 
 
 def test_advice_when_skipping_pays(model, monkeypatch):
-    times = {":cls": (1.07, 1.07), "6(55%)+11:cls": (1.38, 1.39), "6(45%)+fused:cls": (1.3, 1.4)}
+    merge = "6(55%)+12:merge,cls"
+    times = {
+        **{":cls": (1.07, 1.07), "6(55%)+11:cls": (1.38, 1.39), "6(45%)+fused:cls": (1.3, 1.4)},
+        merge: (1.35, 1.36),
+    }
     monkeypatch.setattr(bench, "run", fake_run(times, control=1.004))
     advice = advise(model, 8)
     assert advice.recommended == "6(55%)+11:cls" and advice.lossless == ":cls"
+    assert advice.untrained == merge
     order = [finding.config for finding in advice.findings]
-    assert order == ["6(55%)+11:cls", "6(45%)+fused:cls", ":cls", "4,7(30%,30%)+10:cls"]
+    assert order == ["6(55%)+11:cls", merge, "6(45%)+fused:cls", ":cls", "4,7(30%,30%)+10:cls"]
     assert advice.noise == pytest.approx(0.004)
     text = repr(advice)
     assert 'sk.patch(model, "6(55%)+11:cls"). It changes the outputs' in text
+    assert f'without training: sk.patch(model, "{merge}")' in text
     assert 'without any loss: sk.patch(model, ":cls")' in text
     assert not sk.is_patched(model)
 
@@ -474,7 +480,7 @@ def test_advice_takes_the_largest_batch_that_fits(model, monkeypatch):
 
 
 def test_advice_is_of_the_batch_that_the_time_allows(model, monkeypatch):
-    """Nine variants at a second each, and five rounds of twice that are more than a minute."""
+    """Eleven variants at a second each, and five rounds of twice that are more than a minute."""
     monkeypatch.setattr(bench, "run", fake_run({}, seconds=1.0))
     advice = advise(model, 8, seconds=60)
     assert ", batch 1, " in advice.workload
@@ -487,7 +493,8 @@ def test_advice_is_of_the_batch_that_the_time_allows(model, monkeypatch):
 def test_advice_for_a_patched_model_leaves_it_patched(model, monkeypatch):
     sk.patch(model, "4(50%)+7", warmup_epochs=2)
     monkeypatch.setattr(bench, "run", fake_run({":cls": (1.07, 1.07)}))
-    assert advise(model, 8).recommended == ":cls"
+    advice = advise(model, 8)
+    assert advice.recommended == advice.untrained == ":cls" and "training:" not in str(advice)
     assert str(model.blocks.config) == "4(50%)+7:warmup=2"
 
 

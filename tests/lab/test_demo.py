@@ -40,8 +40,10 @@ def test_demo_writes_what_it_measured(small, tmp_path, capsys):
 
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["config"] for row in rows] == ["unpatched", "6(55%)+11", "6(45%)+fused"]
-    assert [row["tokens"] for row in rows] == ["65x12", "65x5, 30x5, 65x2", "65x5, 38x7"]
+    assert [row["config"] for row in rows] == ["unpatched", *demo.CONFIGS]
+    assert [row["tokens"] for row in rows] == [
+        *("65x12", "65x5, 30x5, 65x2", "65x5, 38x7", "65x5, 30x6, 65x1"),
+    ]
     unpatched, *skipping = rows
     assert (unpatched["speedup"], unpatched["ideal_speedup"]) == ("1", "1")
     assert unpatched["overhead"] == unpatched["paired_overhead"] == ""
@@ -62,7 +64,7 @@ def test_demo_writes_what_it_measured(small, tmp_path, capsys):
         height, width, _ = matplotlib.image.imread(out / name).shape
         assert width == 1800 and 500 < height < 1000
     printed = capsys.readouterr().out
-    for whole in ("6(55%)+11", "6(45%)+fused", "65x5, 38x7", "overhead", "accuracy"):
+    for whole in ("6(55%)+11", "6(45%)+fused", "65x5, 38x7", "overhead", "top-1"):
         assert whole in printed
     assert max(map(len, printed.splitlines())) <= 80 + len(str(out))
 
@@ -70,6 +72,7 @@ def test_demo_writes_what_it_measured(small, tmp_path, capsys):
 def test_overhead_is_over_the_sliced_floor_and_noise_is_named(small, tmp_path, monkeypatch, capsys):
     seconds = {
         "unpatched": [4.0, 8.0, 8.0], "6(55%)+11": [3.0, 6.0, 4.0], "6(45%)+fused": [2.0, 2.0, 2.0],
+        "6(55%)+12:merge": [3.0, 6.0, 4.0], "sliced 6(55%)+12:merge": [2.0, 4.0, 4.0],
         "sliced 6(55%)+11": [2.0, 4.0, 4.0], "sliced 6(45%)+fused": [2.0, 4.0, 2.5],
     }  # fmt: skip
     models = []
@@ -91,10 +94,11 @@ def test_overhead_is_over_the_sliced_floor_and_noise_is_named(small, tmp_path, m
     assert models[0].training and not sk.is_patched(models[0])
     assert "model's steps took 2.0 times the shortest" in " ".join(capsys.readouterr().out.split())
     with (tmp_path / "results.csv").open(newline="") as file:
-        unpatched, skip, fused = csv.DictReader(file)
+        unpatched, skip, fused, merged = csv.DictReader(file)
     assert (unpatched["images_per_second"], unpatched["paired_overhead"]) == ("8", "")
     assert (skip["paired_speedup"], skip["speedup"]) == ("1.3333", "1.3333")
     assert (skip["paired_overhead"], skip["overhead"]) == ("0.5", "0.5")
+    assert (merged["paired_overhead"], merged["overhead"]) == ("0.5", "0.5")
     assert (fused["paired_overhead"], fused["overhead"]) == ("-0.2", "0")
 
 
@@ -104,15 +108,29 @@ def test_the_same_seed_gives_the_same_start():
     assert not torch.equal(first["pos_embed"], other["pos_embed"])
 
 
-def test_the_marked_patches_are_those_that_the_model_skipped(small):
-    images = demo.digits()[1].tensors[0][:4]
-    model = sk.patch(demo.build_model(0).eval(), "6(55%)+11")
-    kept = demo._kept(model, images)
-    assert kept.shape == (4, 8, 8) and (kept.sum((1, 2)) == 29).all()
-    with torch.no_grad(), sk.record_skips(model) as records:
-        model(images)
-    for image, index in zip(kept, records[0].indices[0], strict=True):
-        assert image.flatten().nonzero().flatten().tolist() == (index[1:] - 1).tolist()
+def test_skipped_patches_are_marked_and_merged_ones_have_their_mean(small, monkeypatch):
+    test = demo.digits()[1]
+    images, labels = test.tensors
+    records = {}
+    for config in ("6(55%)+11", "6(55%)+12:merge"):
+        model = sk.patch(demo.build_model(0).eval(), config)
+        records[config] = demo._record(model, images)
+    grid = demo._skip_picture(test, records).axes
+    assert len(grid) == 24
+    for column, label in enumerate(range(8)):
+        at = int((labels == label).nonzero()[0])
+        grey = (1 - images[at, 0]).flatten() / 2
+        skipped, merged = (
+            torch.as_tensor(grid[row * 8 + column].images[0].get_array()).flatten(0, 1)
+            for row in (1, 2)
+        )
+        kept = records["6(55%)+11"].kept()[at, 1:]
+        torch.testing.assert_close(skipped[kept], grey[kept, None].expand(-1, 3))
+        assert (skipped[~kept, 0] > skipped[~kept, 2] + 0.3).all() and kept.sum() == 29
+        owner = records["6(55%)+12:merge"].owner()[at, 1:]
+        for place in owner.unique():
+            mean = grey[owner == place].mean().expand(3)
+            torch.testing.assert_close(merged[owner == place].mean(0), mean)
 
 
 @pytest.mark.parametrize("arguments, said", [
