@@ -611,9 +611,11 @@ Tensor restore_rows(const Tensor& x, const Tensor& before, const Tensor& after,
   const Groups groups = checked_groups(owners, was.size[1], false);
   Tensor restored = empty_like(x, {batch, num_tokens, channels});
   const View out = output_view(restored, own);
-  for_items(batch * num_tokens, 2 * channels * own.element_size, [&](int64_t begin, int64_t end) {
-    kernels().restore_rows(own, was, is, owners, groups.starts, out, begin, end);
-  });
+  const int64_t image_bytes = 2 * num_tokens * channels * own.element_size;
+  for_items(batch * was.size[1], image_bytes / std::max<int64_t>(1, was.size[1]),
+            [&](int64_t begin, int64_t end) {
+              kernels().restore_rows(own, was, is, groups.starts, groups.rows, out, begin, end);
+            });
   return restored;
 }
 

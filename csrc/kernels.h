@@ -108,10 +108,10 @@ struct Kernels {
                               const View& merged_sizes, const View& grad_x, int64_t begin,
                               int64_t end);
 
-  // out[b, n] = x[b, n] + after[b, owner] - before[b, owner], or after[b, owner] where the owner
-  // has one row. Items: the B*N rows of out.
-  void (*restore_rows)(const View& x, const View& before, const View& after, const View& owner,
-                       const int32_t* starts, const View& out, int64_t begin, int64_t end);
+  // out[b, n] = x[b, n] + after[b, m] - before[b, m] of its owner m, or after[b, m] where that has
+  // one row. Items: the B*M owners.
+  void (*restore_rows)(const View& x, const View& before, const View& after, const int32_t* starts,
+                       const int32_t* rows, const View& out, int64_t begin, int64_t end);
 
   // grad_x = grad, grad_after[b, m] = the sum of owner m's rows of grad, in order, grad_before =
   // 0 - grad_after; of an owner with one row grad_x and grad_before are 0. Items: the B*M owners.

@@ -253,13 +253,15 @@ void match_kept(const View& features, const View& index, const int32_t* inverse,
 
 IndexCheck group_rows(const View& owner, int64_t num_rows, bool every, int32_t* starts,
                       int32_t* rows, int64_t begin, int64_t end) {
-  const int64_t num_tokens = owner.size[1];
+  const int64_t num_tokens = owner.size[1], stride = owner.stride[1];
   for (int64_t b = begin; b < end; ++b) {
+    const int64_t* owners = at<int64_t>(owner, b);
     int32_t* start = starts + b * (num_rows + 1);
+    int32_t* order = rows + b * num_tokens;
     std::memset(start, 0, (num_rows + 1) * sizeof(*start));
     for (int64_t n = 0; n < num_tokens; ++n) {
-      const int64_t m = *at<int64_t>(owner, b, n);
-      if (m < 0 || m >= num_rows) {
+      const int64_t m = owners[n * stride];
+      if (static_cast<uint64_t>(m) >= static_cast<uint64_t>(num_rows)) {
         return {IndexCheck::kOutOfRange, b, m};
       }
       ++start[m];
@@ -275,7 +277,7 @@ IndexCheck group_rows(const View& owner, int64_t num_rows, bool every, int32_t* 
     start[num_rows] = sum;
     // From the end of each group to its start, so that its rows ascend.
     for (int64_t n = num_tokens - 1; n >= 0; --n) {
-      rows[b * num_tokens + --start[*at<int64_t>(owner, b, n)]] = static_cast<int32_t>(n);
+      order[--start[owners[n * stride]]] = static_cast<int32_t>(n);
     }
   }
   return {IndexCheck::kOk, 0, 0};
@@ -407,55 +409,66 @@ inline Bits32 map_three(Bits32 x, Bits32 y, Bits32 z, T, F f) {
   return interleave(even, odd, T{});
 }
 
-// out = alone ? after : x + after - before: both are computed and one is chosen, as in copy_or_map.
+// out = x + after - before.
 template <class T>
 SKIPVIT_FLATTEN inline void restore_row(T* out, const T* x, const T* before, const T* after,
-                                        int64_t n, bool alone) {
+                                        int64_t n) {
   using Packed = typename Type<T>::Packed;
   constexpr int64_t kCount = kRegisterBytes / sizeof(T);
-  for (int64_t i = 0; i < n; i += kCount) {
-    const int64_t left = (n - i) * sizeof(T);
-    const int64_t bytes = left < kRegisterBytes ? left : kRegisterBytes;
+  const auto restore = [&](int64_t i, auto bytes) {
     Packed own{}, was{}, is{};
     std::memcpy(&own, x + i, bytes);
     std::memcpy(&was, before + i, bytes);
     std::memcpy(&is, after + i, bytes);
-    const Packed gained =
-        map_three(own, is, was, T{}, [](auto a, auto b, auto c) { return a + b - c; });
-    const Packed chosen = choose_register(alone, is, gained);
-    std::memcpy(out + i, &chosen, bytes);
+    own = map_three(own, is, was, T{}, [](auto a, auto b, auto c) { return a + b - c; });
+    std::memcpy(out + i, &own, bytes);
+  };
+  int64_t i = 0;
+  for (; i + kCount <= n; i += kCount) {
+    restore(i, std::integral_constant<int64_t, kRegisterBytes>{});
+  }
+  if (i < n) {
+    restore(i, static_cast<int64_t>((n - i) * sizeof(T)));
   }
 }
 
 template <class T>
-void restore_rows_of(const View& x, const View& before, const View& after, const View& owner,
-                     const int32_t* starts, const View& out, int64_t begin, int64_t end) {
+void restore_rows_of(const View& x, const View& before, const View& after, const int32_t* starts,
+                     const int32_t* rows, const View& out, int64_t begin, int64_t end) {
   const int64_t num_tokens = x.size[1], channels = x.size[2], num_rows = after.size[1];
+  const int64_t ahead = rows_ahead(channels * sizeof(T));
   const bool contiguous =
       channels <= 1 || (x.stride[2] == 1 && before.stride[2] == 1 && after.stride[2] == 1);
   T* copies = contiguous ? nullptr : row_scratch.get<T>(3 * channels);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = item / num_tokens, n = item % num_tokens;
-    const int64_t m = *at<int64_t>(owner, image, n);
-    const int32_t* start = starts + image * (num_rows + 1) + m;
-    const bool alone = start[1] - start[0] == 1;
-    const T *own = at<T>(x, image, n), *was = at<T>(before, image, m), *is = at<T>(after, image, m);
+  const auto row_of = [&](const View& v, int64_t image, int64_t row, int64_t copy) {
+    const T* from = at<T>(v, image, row);
     if (!contiguous) {
-      copy_row(copies, own, x.stride[2], channels, sizeof(T));
-      copy_row(copies + channels, was, before.stride[2], channels, sizeof(T));
-      copy_row(copies + 2 * channels, is, after.stride[2], channels, sizeof(T));
-      own = copies;
-      was = copies + channels;
-      is = copies + 2 * channels;
+      T* to = copies + copy * channels;
+      copy_row(to, from, v.stride[2], channels, sizeof(T));
+      from = to;
     }
-    restore_row(at<T>(out, image, n), own, was, is, channels, alone);
-  }
+    return from;
+  };
+  const auto restore = [&](int64_t image, int64_t m, const int32_t* group, int64_t count) {
+    const int32_t* last = rows + (image + 1) * num_tokens - 1;
+    const T *was = row_of(before, image, m, 0), *is = row_of(after, image, m, 1);
+    for (int64_t r = 0; r < count; ++r) {
+      T* to = at<T>(out, image, group[r]);
+      prefetch_row(Rows(x)(image, later_row(group, last, r, ahead)), channels * sizeof(T));
+      if (count == 1) {
+        copy_row(to, is, 1, channels, sizeof(T));
+      } else {
+        restore_row(to, row_of(x, image, group[r], 2), was, is, channels);
+      }
+    }
+  };
+  for_groups(starts, rows, num_rows, num_tokens, begin, end, restore);
 }
 
-void restore_rows(const View& x, const View& before, const View& after, const View& owner,
-                  const int32_t* starts, const View& out, int64_t begin, int64_t end) {
+void restore_rows(const View& x, const View& before, const View& after, const int32_t* starts,
+                  const int32_t* rows, const View& out, int64_t begin, int64_t end) {
   by_dtype(x.dtype, [&](auto element) {
-    restore_rows_of<decltype(element)>(x, before, after, owner, starts, out, begin, end);
+    restore_rows_of<decltype(element)>(x, before, after, starts, rows, out, begin, end);
   });
 }
 
