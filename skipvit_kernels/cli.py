@@ -19,6 +19,7 @@ from skipvit_kernels.lab.bench import Job, TooLittleMemory, at_least, build
 EXTRAS = {
     "demo": ("demo", {"timm", "sklearn", "matplotlib", "rich"}),
     "bench": ("bench", {"timm", "matplotlib", "rich"}),
+    "show": ("bench", {"timm", "matplotlib", "rich", "torchvision", "PIL"}),
     "advise": ("timm", {"timm"}),
 }
 
@@ -122,6 +123,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_workload(advise)
     advise.set_defaults(run=_advise)
 
+    show = commands.add_parser(
+        "show",
+        help="draw which patches of pictures a model skips, merges or keeps",
+        description="Draw pictures, and beside them what each drop of a patched timm model left of "
+        "them: skipped patches faded, merged ones as regions in their mean colour. With several "
+        "files of weights, the choice of the last drop under each.",
+    )
+    show.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE",
+                      help="a file, or a folder of them")  # fmt: skip
+    show.add_argument("--model", default="deit_tiny_patch16_224",
+                      help="a timm model's name (default %(default)s)")  # fmt: skip
+    show.add_argument("--config", action="append", metavar="CONFIG", dest="configs",
+                      help="what it is patched with; may be given several times (default "
+                      "6(55%%)+12:merge)")  # fmt: skip
+    show.add_argument("--weights", nargs="+", type=Path, default=(), metavar="FILE",
+                      help="checkpoints of the model (default: random weights)")  # fmt: skip
+    show.add_argument("--pretrained", action="store_true", help="timm's weights, downloaded")
+    show.add_argument("--scores", action="store_true", help="also draw the scores that chose")
+    show.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    show.add_argument("--out", type=Path, default=Path("skipped.png"), metavar="FILE",
+                      help="png, pdf or svg (default %(default)s)")  # fmt: skip
+    _add_threads(show)
+    show.set_defaults(run=_show)
+
     info = commands.add_parser(
         "info", help="show which kernel runs for every operator on every device, and why"
     )
@@ -185,6 +210,16 @@ def _advise(args: argparse.Namespace) -> None:
         model, job.batch_size, training=job.training, bfloat16=job.bfloat16, seconds=args.seconds
     )
     print(advice)
+
+
+def _show(args: argparse.Namespace) -> None:
+    from skipvit_kernels.lab import show
+    from skipvit_kernels.skipping import presets
+
+    names = ("model", "weights", "pretrained", "scores", "device", "out")
+    options = {name: getattr(args, name) for name in names}
+    show.run(args.pictures, configs=args.configs or [presets.UNTRAINED], **options)
+    print(f"written to {args.out}")
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -216,8 +216,8 @@ def measurement(
     )
 
 
-def build(job: Job) -> Any:
-    """The job's model, with weights from torch's generator at seed 0 (nothing is downloaded).
+def build(job: Job, *, pretrained: bool = False) -> Any:
+    """The job's model, with weights from torch's generator at seed 0; or timm's, downloaded.
 
     Raises:
         ValueError: where timm does not know it, or cannot build it at the image size.

@@ -59,7 +59,10 @@ class Drop:
                 keep, torch.nan
             )
         seen = Candidates(attended.x, alike, scores, num_keep, prefix, context.sizes)
-        return self.method.reduce(seen)
+        left = self.method.reduce(seen)
+        if context.record is not None:
+            context.record(left, scores)
+        return left
 
     def restore(self, x: Tensor, left: Reduced, tokens: Tensor) -> Tensor:
         """x (B, N, C), with what the tokens that went on have become put back."""
@@ -169,8 +172,6 @@ def _drop(x: Tensor, layer: Layer, drop: Drop, contexts: list[Context]) -> Stage
     context = contexts[layer.context]
     attended = layer.family.attend(layer.block, x, context)
     left = drop.reduce(layer.family, attended, context)
-    if context.record is not None:
-        context.record(left)
     return Stage(layer, drop, attended.x, left, contexts)
 
 

@@ -86,7 +86,9 @@ def _context(
                 f"image, got {tuple(keep.shape)}"
             )
         keep = F.pad(keep, (num_prefix_tokens, 0), value=False)
-    record = None if recorder is None else _Recording(config, recorder, num_tokens)
+    record = None
+    if recorder is not None:
+        record = _Recording(config, num_prefix_tokens, recorder, num_tokens)
     return Context(keep=keep, record=record)
 
 
@@ -254,30 +256,18 @@ class SkipRecord:
         indices: one (B, P + K) int64 tensor per drop: the token positions, in the numbering of the
             full sequence, that the layers after it worked on; -1 is a fused token.
         num_tokens: N of the full sequence, prefix tokens included.
+        num_prefix_tokens: P of them.
         owners: one (B, N) int64 tensor per drop of a method that merges: the place, in that drop's
             index, of the token that each of the full sequence went into.
+        chosen_by: one (B, N) float32 tensor per drop: see `scores`.
     """
 
     config: SkipConfig
     indices: tuple[Tensor, ...]
     num_tokens: int
+    num_prefix_tokens: int
     owners: tuple[Tensor, ...] = ()
-
-    @classmethod
-    def compose(cls, config: SkipConfig, drops: list[Reduced], num_tokens: int) -> SkipRecord:
-        """From what each drop left of the tokens before it."""
-        indices: list[Tensor] = []
-        owners: list[Tensor] = []
-        before: Tensor | None = None
-        for left in drops:
-            index, owner = left.kept, left.owner
-            if before is not None:
-                index = before.gather(1, index)
-            if owner is not None:
-                owners.append(owner.gather(1, owners[-1]) if owners else owner)
-            indices.append(index)
-            before = F.pad(index, (0, left.tokens.shape[1] - index.shape[1]), value=-1)
-        return cls(config, tuple(indices), num_tokens, tuple(owners))
+    chosen_by: tuple[Tensor, ...] = ()
 
     def kept(self, drop: int = -1) -> Tensor:
         """(B, N) bool: the tokens that were kept in the given drop; default the last."""
@@ -296,17 +286,50 @@ class SkipRecord:
         kept = self.kept(drop)
         return torch.where(kept, torch.arange(self.num_tokens, device=kept.device), -1)
 
+    def scores(self, drop: int = -1) -> Tensor:
+        """(B, N) float32: by what the drop chose, the mean over heads; the last by default.
+
+        NaN where nothing was scored: of prefix tokens, of what had left before, and of patches that
+        had to stay.
+        """
+        return self.chosen_by[drop]
+
 
 class _Recording:
     """One forward's drops, one by one; the last makes them a record."""
 
-    def __init__(self, config: SkipConfig, records: list[SkipRecord], num_tokens: int) -> None:
-        self.config, self.records, self.num_tokens = config, records, num_tokens
-        self.drops: list[Reduced] = []
+    def __init__(
+        self, config: SkipConfig, num_prefix: int, records: list[SkipRecord], num_tokens: int
+    ) -> None:
+        self.config, self.num_prefix, self.records = config, num_prefix, records
+        self.num_tokens = num_tokens
+        self.indices: list[Tensor] = []
+        self.owners: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.before: Tensor | None = None  # positions of the tokens that are there; -1: fused
 
-    def __call__(self, left: Reduced) -> None:
-        # Without the tokens: a record would hold what each drop left, with its graph.
-        self.drops.append(left._replace(tokens=left.tokens[..., :0].detach(), memo=None))
-        if len(self.drops) == len(self.config.drop_at):
-            record = SkipRecord.compose(self.config, self.drops, self.num_tokens)
+    def __call__(self, left: Reduced, scores: Tensor) -> None:
+        index, owner, before = left.kept, left.owner, self.before
+        scores = scores.detach().float()
+        scores = scores.mean(dim=1) if scores.dim() == 3 else scores
+        if before is None:
+            before = torch.arange(self.num_tokens, device=index.device).expand(len(index), -1)
+        index = before.gather(1, index)
+        self.indices.append(index)
+        if owner is not None:
+            self.owners.append(owner.gather(1, self.owners[-1]) if self.owners else owner)
+        # A fused token has a place behind the others, which is cut off.
+        chosen_by = scores.new_full((len(index), self.num_tokens + 1), torch.nan)
+        places = before[:, self.num_prefix :] % (self.num_tokens + 1)
+        self.scores.append(chosen_by.scatter(1, places, scores)[:, :-1])
+        self.before = F.pad(index, (0, left.tokens.shape[1] - index.shape[1]), value=-1)
+        if len(self.indices) == len(self.config.drop_at):
+            record = SkipRecord(
+                self.config,
+                tuple(self.indices),
+                self.num_tokens,
+                self.num_prefix,
+                tuple(self.owners),
+                tuple(self.scores),
+            )
             self.records.append(record)

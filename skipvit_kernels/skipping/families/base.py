@@ -57,13 +57,13 @@ class Context(NamedTuple):
         sizes: (B, N) float32, the patches that each token stands for; None: one each. A key counts
             that often: the log of its size is added to its logits.
         keep: (B, N) bool, patches that must not be dropped; None: any may be.
-        record: called with what every drop leaves.
+        record: called with what every drop leaves, and by which scores.
     """
 
     arguments: dict[str, Any] = {}  # noqa: RUF012  (never changed)
     sizes: Tensor | None = None
     keep: Tensor | None = None
-    record: Callable[[Any], None] | None = None
+    record: Callable[[Any, Tensor], None] | None = None
 
 
 class Attended(NamedTuple):
