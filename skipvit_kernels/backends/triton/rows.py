@@ -17,6 +17,7 @@ from torch import Tensor
 
 from skipvit_kernels.backends.triton.launch import (
     cdiv,
+    image_and_tile,
     image_row_column,
     launch,
     move_tile,
@@ -25,10 +26,25 @@ from skipvit_kernels.backends.triton.launch import (
     sum_tile,
 )
 
-# Comparisons of a program at once while it looks its rows up in the index: 8 a thread.
-LOOKUP = tl.constexpr(1024)
+# Comparisons of a program at once while it looks its rows up in the index: 4 a thread.
+LOOKUP = tl.constexpr(512)
 
 # --------------------------------------------------------------------------- gather_rows
+
+
+@triton.jit
+def _gather_tile(
+    x_ptr, index_ptr, out_ptr, o_b, o_r, o_c, num_tokens, num_rows, num_columns,
+    x_strides, index_strides,
+):  # fmt: skip
+    """The rows o_r and columns o_c of out: x's rows by the index."""
+    m_r, m_c = o_r < num_rows, o_c < num_columns
+    b_n = tl.load(ptrs_at(index_ptr, (o_b, o_r), index_strides), mask=m_r, other=-1)
+    m_n = (b_n >= 0) & (b_n < num_tokens)
+    x_ptrs = ptrs_at(x_ptr, (o_b, b_n[:, None], o_c[None, :]), x_strides)
+    b_x = tl.load(x_ptrs, mask=m_n[:, None] & m_c[None, :], other=0)
+    out_ptrs = ptrs_at(out_ptr, (o_b * num_rows + o_r[:, None], o_c[None, :]), (num_columns, 1))
+    tl.store(out_ptrs, b_x, mask=m_r[:, None] & m_c[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
@@ -46,13 +62,10 @@ def _gather_rows_kernel(
 ):
     o_b, row, column = image_row_column(num_rows, num_columns, ROWS, COLUMNS)
     o_r, o_c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-    m_r, m_c = o_r < num_rows, o_c < num_columns
-    b_n = tl.load(ptrs_at(index_ptr, (o_b, o_r), index_strides), mask=m_r, other=-1)
-    m_n = (b_n >= 0) & (b_n < num_tokens)
-    x_ptrs = ptrs_at(x_ptr, (o_b, b_n[:, None], o_c[None, :]), x_strides)
-    b_x = tl.load(x_ptrs, mask=m_n[:, None] & m_c[None, :], other=0)
-    out_ptrs = ptrs_at(out_ptr, (o_b * num_rows + o_r[:, None], o_c[None, :]), (num_columns, 1))
-    tl.store(out_ptrs, b_x, mask=m_r[:, None] & m_c[None, :])
+    _gather_tile(
+        x_ptr, index_ptr, out_ptr, o_b, o_r, o_c, num_tokens, num_rows, num_columns,
+        x_strides, index_strides,
+    )  # fmt: skip
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -74,7 +87,7 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 @triton.jit
-def rows_moved_to(index_ptr, o_b, o_n, num_tokens, num_rows, index_strides):
+def rows_moved_to(index_ptr, o_b, o_n, num_rows, index_strides):
     """[ROWS]: the r with index[r] == n, the last one if there are several; -1 if there is none."""
     CHUNK: tl.constexpr = LOOKUP // o_n.shape[0]
     b_row = tl.full([o_n.shape[0], CHUNK], -1, tl.int32)
@@ -82,8 +95,9 @@ def rows_moved_to(index_ptr, o_b, o_n, num_tokens, num_rows, index_strides):
         o_r = start + tl.arange(0, CHUNK)
         index_ptrs = ptrs_at(index_ptr, (o_b, o_r), index_strides)
         b_n = tl.load(index_ptrs, mask=o_r < num_rows, other=-1)
-        # Out of range before it is cut to int32, which takes half the comparisons: 2**32 is no 0.
-        b_n = tl.where((b_n >= 0) & (b_n < num_tokens), b_n, -1).to(tl.int32)
+        # Compared in int32, which takes half the instructions; what does not fit is no row. Entries
+        # beyond N are found for rows beyond N alone, which nobody stores.
+        b_n = tl.where((b_n >> 32) == 0, b_n, -1).to(tl.int32)
         b_row = tl.where(b_n[None, :] == o_n[:, None], o_r[None, :], b_row)
     return tl.max(b_row, axis=1)
 
@@ -109,7 +123,7 @@ def _scatter_rows_kernel(
     o_n, o_c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     m_c = o_c < num_columns
     m_out = (o_n < num_tokens)[:, None] & m_c[None, :]
-    b_r = rows_moved_to(index_ptr, o_b, o_n, num_tokens, num_rows, index_strides)
+    b_r = rows_moved_to(index_ptr, o_b, o_n, num_rows, index_strides)
     m_moved = (b_r >= 0)[:, None] & m_c[None, :]
     tokens_ptrs = ptrs_at(tokens_ptr, (o_b, b_r[:, None], o_c[None, :]), tokens_strides)
     b_out = tl.load(tokens_ptrs, mask=m_moved, other=0)
@@ -176,45 +190,40 @@ def _scatter_back_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program has the same rows of grad_tokens and, looked up in the index, of grad_x.
+    """A program has a tile of grad_x, whose rows it looks up in the index, or one of grad_tokens.
 
-    Where there is an update, it passes over all rows and sums its columns. grad_tokens first: the
-    other way round the kernels take 8 registers more.
+    Where there is an update, one program passes over all rows of grad_x and sums its columns.
     """
     UPDATE: tl.constexpr = grad_update_ptr is not None
-    o_b, first, column = image_row_column(
-        1 if UPDATE else tl.maximum(num_tokens, num_rows), num_columns, ROWS, COLUMNS
-    )
-    o_c = column + tl.arange(0, COLUMNS)
-    m_c = o_c < num_columns
-    for start in range(first, num_rows if UPDATE else first + ROWS, ROWS):
-        o_r = start + tl.arange(0, ROWS)
-        m_r = o_r < num_rows
-        b_n = tl.load(ptrs_at(index_ptr, (o_b, o_r), index_strides), mask=m_r, other=-1)
-        m_n = (b_n >= 0) & (b_n < num_tokens)
-        grad_ptrs = ptrs_at(grad_ptr, (o_b, b_n[:, None], o_c[None, :]), grad_strides)
-        b_grad = tl.load(grad_ptrs, mask=m_n[:, None] & m_c[None, :], other=0)
-        tokens_ptrs = ptrs_at(
-            grad_tokens_ptr, (o_b * num_rows + o_r[:, None], o_c[None, :]), (num_columns, 1)
-        )
-        tl.store(tokens_ptrs, b_grad, mask=m_r[:, None] & m_c[None, :])
-
-    SUM: tl.constexpr = sum_dtype(grad_ptr)
-    b_sum = tl.zeros([ROWS, COLUMNS], SUM)
-    for start in range(first, num_tokens if UPDATE else first + ROWS, ROWS):
-        o_n = start + tl.arange(0, ROWS)
-        b_r = rows_moved_to(index_ptr, o_b, o_n, num_tokens, num_rows, index_strides)
-        m_x = (o_n < num_tokens)[:, None] & m_c[None, :]
-        grad_ptrs = ptrs_at(grad_ptr, (o_b, o_n[:, None], o_c[None, :]), grad_strides)
-        b_grad = tl.load(grad_ptrs, mask=m_x & (b_r < 0)[:, None], other=0)
-        grad_x_ptrs = ptrs_at(
-            grad_x_ptr, (o_b * num_tokens + o_n[:, None], o_c[None, :]), (num_columns, 1)
-        )
-        tl.store(grad_x_ptrs, b_grad, mask=m_x)
-        b_sum += b_grad.to(SUM)
-    if UPDATE:
-        b_update = tl.sum(b_sum, axis=0).to(grad_update_ptr.dtype.element_ty)
-        tl.store(ptrs_at(grad_update_ptr, (o_b, o_c), (num_columns, 1)), b_update, mask=m_c)
+    column_tiles = tl.cdiv(num_columns, COLUMNS)
+    x_tiles = column_tiles * (1 if UPDATE else tl.cdiv(num_tokens, ROWS))
+    o_b, tile = image_and_tile(x_tiles + column_tiles * tl.cdiv(num_rows, ROWS))
+    o_c = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    if tile >= x_tiles:
+        o_r = (tile - x_tiles) // column_tiles * ROWS + tl.arange(0, ROWS)
+        _gather_tile(
+            grad_ptr, index_ptr, grad_tokens_ptr, o_b, o_r, o_c, num_tokens, num_rows, num_columns,
+            grad_strides, index_strides,
+        )  # fmt: skip
+    else:
+        m_c = o_c < num_columns
+        SUM: tl.constexpr = sum_dtype(grad_ptr)
+        b_sum = tl.zeros([ROWS, COLUMNS], SUM)
+        first = 0 if UPDATE else tile // column_tiles * ROWS
+        for start in range(first, num_tokens if UPDATE else first + ROWS, ROWS):
+            o_n = start + tl.arange(0, ROWS)
+            b_r = rows_moved_to(index_ptr, o_b, o_n, num_rows, index_strides)
+            m_x = (o_n < num_tokens)[:, None] & m_c[None, :]
+            grad_ptrs = ptrs_at(grad_ptr, (o_b, o_n[:, None], o_c[None, :]), grad_strides)
+            b_grad = tl.load(grad_ptrs, mask=m_x & (b_r < 0)[:, None], other=0)
+            grad_x_ptrs = ptrs_at(
+                grad_x_ptr, (o_b * num_tokens + o_n[:, None], o_c[None, :]), (num_columns, 1)
+            )
+            tl.store(grad_x_ptrs, b_grad, mask=m_x)
+            b_sum += b_grad.to(SUM)
+        if UPDATE:
+            b_update = tl.sum(b_sum, axis=0).to(grad_update_ptr.dtype.element_ty)
+            tl.store(ptrs_at(grad_update_ptr, (o_b, o_c), (num_columns, 1)), b_update, mask=m_c)
 
 
 def scatter_back_backward(
@@ -230,7 +239,8 @@ def scatter_back_backward(
     grad_tokens = grad.new_empty((batch, num_rows, columns))
     grad_update = grad.new_empty((batch, columns) if has_update else (0,))
     rows, width = (sum_tile if has_update else move_tile)(columns, grad.element_size())
-    tiles = cdiv(columns, width) * (1 if has_update else cdiv(max(num_tokens, num_rows), rows))
+    x_tiles = 1 if has_update else cdiv(num_tokens, rows)
+    tiles = (x_tiles + cdiv(num_rows, rows)) * cdiv(columns, width)
     launch(
         _scatter_back_backward_kernel, batch * tiles, grad_x,
         grad_ptr=grad, index_ptr=index, grad_x_ptr=grad_x, grad_tokens_ptr=grad_tokens,
