@@ -152,10 +152,13 @@ def _launch_compiled(
     _check(kernel, arguments)
     if len(_compiled) >= MAX_COMPILED:
         _compiled.clear()  # Triton keeps the kernels themselves
-    # A limit of their own: without one, ptxas moves some kernels' last registers to memory to
-    # fit one program more. AMD's compiler knows no such option.
-    limit = {"maxnreg": 128} if WARP_SIZE == 32 else {}
-    _compiled[key] = kernel[(programs,)](**arguments, num_warps=threads // WARP_SIZE, **limit)
+    # A product that is fused into the addition of a shuffled one differs between the two lanes.
+    options = {"num_warps": threads // WARP_SIZE, "enable_fp_fusion": False}
+    # Without a limit, ptxas moves some kernels' last registers to memory to fit one program more.
+    # AMD's compiler knows no such option.
+    if WARP_SIZE == 32:
+        options["maxnreg"] = 128
+    _compiled[key] = kernel[(programs,)](**arguments, **options)
 
 
 def _check(kernel: Any, arguments: dict[str, Any]) -> None:
