@@ -54,6 +54,53 @@ def test_no_spill_and_16_byte_moves(target, shape):
     assert seen >= set(MOVERS) - {"select_and_move"}
 
 
+# (tokens, head width, dtype) whose keys of one head are more than the shared memory of an H100, the
+# last one more than an A100's.
+LARGE_KEYS = (
+    (577, 64, torch.float32),
+    (577, 80, torch.float32),
+    (257, 80, torch.float32),
+    (577, 128, torch.bfloat16),
+    (197, 80, torch.float64),
+    (257, 64, torch.float64),
+    (577, 32, torch.float64),
+    (577, 80, torch.bfloat16),
+)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_cls_scores_of_large_keys_fits_shared_memory(target):
+    for num_tokens, width, dtype in LARGE_KEYS:
+        inputs = triton_offline.vit_inputs(1, num_tokens, 2 * width, 2, dtype)
+        with triton_offline.offline(target):
+            # Beyond the limit, Triton raises OutOfResources here.
+            kernels.cls_scores(inputs[5], inputs[6])
+            for name, (kernel,) in triton_offline.compiled(scores).items():
+                r = triton_offline.resources(kernel, target)
+                assert r.shared <= MAX_SHARED[target] and r.spills == 0, (name, num_tokens, width)
+
+
+def test_a_gpu_of_little_shared_memory_gets_a_smaller_tile(monkeypatch):
+    """Smaller than any that Triton serves; and the limit is asked anew for each target."""
+    inputs = triton_offline.vit_inputs(1, 197, 384, 6, torch.bfloat16)
+    used = []
+    for limit in (163 * 1024, 16 * 1024, 163 * 1024):
+        monkeypatch.setitem(MAX_SHARED, "sm_80", limit)
+        with triton_offline.offline("sm_80") as driver:
+            kernels.cls_scores(inputs[5], inputs[6])
+        used.append([launch.kernel for launch in driver.launches])
+    one, two = ["_cls_scores_kernel"], ["_cls_logits_kernel", "_cls_softmax_mean_kernel"]
+    assert used == [one, two, one]
+
+
+def test_a_driver_that_does_not_know_the_limit_is_taken_for_the_smallest_gpu(monkeypatch):
+    with triton_offline.offline("sm_90") as driver:
+        assert launch.shared_memory(0) == MAX_SHARED["sm_90"]
+        launch.shared_memory.cache_clear()
+        monkeypatch.setattr(driver, "get_device_properties", lambda device: {})
+        assert launch.shared_memory(0) == 48 * 1024
+
+
 def test_odd_columns_and_strides_compile():
     """The path without alignment is right (the interpreter says so); here: it compiles."""
     x, scores_, index = torch.empty(2, 50, 33), torch.empty(2, 49), torch.zeros(2, 23).long()

@@ -98,6 +98,19 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.cache
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a program on this device may have: Triton's own limit.
+
+    48 KiB, which every GPU has, where the driver cannot be asked.
+    """
+    try:
+        properties = triton.runtime.driver.active.utils.get_device_properties(device)
+        return int(properties["max_shared_mem"])
+    except (RuntimeError, AttributeError, KeyError):
+        return 48 * 1024
+
+
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 

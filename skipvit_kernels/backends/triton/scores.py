@@ -1,9 +1,10 @@
 """cls_scores: how much the CLS query attends to each patch, averaged over the heads.
 
-Up to 1,024 tokens a program holds an image's logits of one head in registers, so that every key is
-read once and nothing but the result is written. Beyond, an image is spread over many programs: one
-launch writes the logits (4 bytes a token and head, D / 2 times less than bfloat16 keys) and what
-each tile of them contributes to the softmax, a second one finishes.
+Up to 1,024 tokens a program holds an image's logits of one head in registers, and the keys of the
+next head in shared memory, so that every key is read once and nothing but the result is written.
+Beyond, or where that memory is too small, an image is spread over many programs: one launch writes
+the logits (4 bytes a token and head, D / 2 times less than bfloat16 keys) and what each tile of
+them contributes to the softmax, a second one finishes.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -20,11 +21,14 @@ from skipvit_kernels.backends.triton.launch import (
     image_and_tile,
     launch,
     ptrs_at,
+    shared_memory,
     sum_dtype,
 )
 
 # Above this the logits of a head do not fit the registers of one program beside its keys.
 MAX_TOKENS = 1024
+# Bytes of shared memory, at most, that a program of the first way takes beside the next keys.
+SCRATCH = 4096
 # Tokens of one program of the second way.
 TILE = 64
 
@@ -88,7 +92,7 @@ def _cls_scores_kernel(
     tl.store(out_ptrs, b_mean, mask=m_n & (o_n >= num_prefix))
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_tokens"])
+@triton.jit(do_not_specialize=["num_heads", "num_tokens", "tiles"])
 def _cls_logits_kernel(
     q_ptr,  # (B, H, D)
     k_ptr,  # (B, H, N, D)
@@ -97,13 +101,13 @@ def _cls_logits_kernel(
     scale,
     num_heads,
     num_tokens,
+    tiles,  # of an image
     q_strides,
     k_strides,
     D: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    tiles = tl.cdiv(num_tokens, TOKENS)
     o_bh, tile = image_and_tile(tiles)
     o_b, o_h = o_bh // num_heads, o_bh % num_heads
     o_n = tile * TOKENS + tl.arange(0, TOKENS)
@@ -118,7 +122,7 @@ def _cls_logits_kernel(
     tl.store(parts_ptr + tiles, total)
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_prefix"])
+@triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_prefix", "tiles"])
 def _cls_softmax_mean_kernel(
     logits_ptr,  # (B, H, N), contiguous, like the next two
     parts_ptr,  # (B, H, 2, tiles)
@@ -126,10 +130,10 @@ def _cls_softmax_mean_kernel(
     num_heads,
     num_tokens,
     num_prefix,
+    tiles,  # of an image
     TOKENS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    tiles = tl.cdiv(num_tokens, TOKENS)
     o_b, tile = image_and_tile(tiles)
     o_n = tile * TOKENS + tl.arange(0, TOKENS)
     m_n = o_n < num_tokens
@@ -159,11 +163,12 @@ def cls_scores(
     out = k.new_empty((batch, num_patches), dtype=torch.float32)
     if num_patches == 0:
         return out
-    if num_tokens <= MAX_TOKENS:
-        size = block(num_tokens)
-        threads = max(128, min(512, size))
-        # 64 elements a thread.
-        width = min(block(depth), 64 * threads // size)
+    size = block(num_tokens)
+    threads = max(128, min(512, size))
+    # 64 elements a thread.
+    width = min(block(depth), 64 * threads // size)
+    staged = size * cdiv(depth, width) * width * k.element_size()
+    if num_tokens <= MAX_TOKENS and staged + SCRATCH <= shared_memory(out.get_device()):
         launch(
             _cls_scores_kernel, batch, out, threads=threads, q_ptr=q, k_ptr=k, out_ptr=out,
             scale=scale, num_heads=heads, num_tokens=num_tokens, num_prefix=num_prefix_tokens,
@@ -174,15 +179,17 @@ def cls_scores(
     sums = torch.promote_types(k.dtype, torch.float32)
     logits = k.new_empty((batch, heads, num_tokens), dtype=sums)
     parts = k.new_empty((batch, heads, 2, tiles), dtype=sums)
+    # 256 bytes of a key: a thread has half of it in its registers.
+    width = min(block(depth), 256 // k.element_size())
     launch(
         _cls_logits_kernel, batch * heads * tiles, out,
         q_ptr=q, k_ptr=k, logits_ptr=logits, parts_ptr=parts,
-        scale=scale, num_heads=heads, num_tokens=num_tokens, q_strides=q.stride(),
-        k_strides=k.stride(), D=depth, TOKENS=TILE, WIDTH=min(block(depth), 128),
+        scale=scale, num_heads=heads, num_tokens=num_tokens, tiles=tiles, q_strides=q.stride(),
+        k_strides=k.stride(), D=depth, TOKENS=TILE, WIDTH=width,
     )  # fmt: skip
     launch(
         _cls_softmax_mean_kernel, batch * tiles, out, logits_ptr=logits, parts_ptr=parts,
         out_ptr=out, num_heads=heads, num_tokens=num_tokens, num_prefix=num_prefix_tokens,
-        TOKENS=TILE, TILES=block(tiles),
+        tiles=tiles, TOKENS=TILE, TILES=block(tiles),
     )  # fmt: skip
     return out
