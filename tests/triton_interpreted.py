@@ -6,7 +6,7 @@ somebody else's memory, where the interpreter stays silent.
 `accesses()` counts how often each element is read and written.
 
 The interpreter also rounds float32 to bfloat16 towards zero, where every GPU rounds to nearest even
-(Triton 3.6 to 3.9); that is corrected here.
+(Triton 3.6 to 3.9), and multiplies the bits of bfloat16 matrices; that is corrected here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def install() -> None:
     assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
     builder = interpreter.InterpreterBuilder
     load, store, cast = builder.create_masked_load, builder.create_masked_store, builder.cast_impl
-    run = interpreter.GridExecutor.__call__
+    dot, run = builder.create_dot, interpreter.GridExecutor.__call__
 
     def masked_load(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
         if _current:
@@ -105,6 +105,16 @@ def install() -> None:
             return interpreter.TensorHandle(bits, tl.bfloat16)
         return cast(self, src, dst_type)
 
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:  # its bits are the upper half of float32's
+            a, b = (
+                interpreter.TensorHandle(
+                    (t.data.astype(np.uint32) << 16).view(np.float32), tl.float32
+                )
+                for t in (a, b)
+            )
+        return dot(self, a, b, *args)
+
     def execute(self: Any, *args: Any, **kwargs: Any) -> None:
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
         _current.append(_Tensors(tensors, counting=bool(_recorded)))
@@ -119,7 +129,7 @@ def install() -> None:
             _current.pop()
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
-    builder.cast_impl = cast_impl
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot
     # A program costs milliseconds here: only the smallest inputs select in every program.
     topk.MAX_SELECTING = 4
     interpreter.GridExecutor.__call__ = execute

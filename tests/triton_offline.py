@@ -84,11 +84,11 @@ class OfflineDriver:
 @contextlib.contextmanager
 def offline(target: str) -> Iterator[OfflineDriver]:
     """Launchers on CPU tensors compile for `target` and record their launches."""
-    from skipvit_kernels.backends.triton import launch, rows, scores, topk
+    from skipvit_kernels.backends.triton import launch, merge, rows, scores, topk
 
     kernels = [
         value
-        for module in (rows, scores, topk)
+        for module in (merge, rows, scores, topk)
         for value in vars(module).values()
         if isinstance(value, triton.runtime.JITFunction)
     ]
@@ -257,15 +257,22 @@ def run_all(shape: Shape) -> None:
     kernels.scatter_back(x, tokens, index, update=update)
     kernels.scatter_back_backward(x, index, False)
     kernels.scatter_back_backward(x, index, True)
+    owner, num_rows = x.new_empty(x.shape[:2], dtype=torch.int64), num_keep + 1
+    kernels.match_kept(x, index)
+    kernels.match_kept(k, index)
+    _, sizes = kernels.merge_rows(x, owner, num_rows)
+    kernels.merge_rows_backward(tokens, owner, None, sizes)
+    kernels.restore_rows(x, tokens, tokens, owner)
+    kernels.restore_rows_backward(x, owner, num_rows)
 
 
 def compile_all(target: str, shape: Shape) -> Iterator[tuple[str, Any, Resources]]:
     """(name, compiled kernel, resources) of every kernel that the operators launch at a shape."""
-    from skipvit_kernels.backends.triton import rows, scores, topk
+    from skipvit_kernels.backends.triton import merge, rows, scores, topk
 
     with offline(target):
         run_all(shape)
-        for name, variants in compiled(rows, scores, topk).items():
+        for name, variants in compiled(rows, scores, topk, merge).items():
             for variant, kernel in enumerate(variants):
                 label = name.strip("_").removesuffix("_kernel")
                 yield (

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from backend_matrix import ALL_DTYPES, BACKENDS, ulp
+from backend_matrix import ALL_DTYPES, BACKENDS, MERGING, ulp
 
 from skipvit_kernels import reference
 
@@ -481,6 +481,282 @@ def test_cls_scores_of_nan_are_nan_for_that_image_only(backend):
     assert bool(got[0].isfinite().all()) and bool(got[1].isnan().all())
 
 
+# --------------------------------------------------------------------------- match_kept
+
+
+def check_match(got, features, index, prefix):
+    """Kept rows own themselves; of the others, nobody is more like them than their owner.
+
+    Computed in float32, two cosines of D channels over H heads that differ by less than twice their
+    error, (D + H + 8) * eps, may have changed places.
+    """
+    assert got.dtype == torch.int64 and got.is_contiguous()
+    rows = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    assert torch.equal(got.gather(1, index), rows)
+    if index.shape[1] == prefix:
+        return
+    heads = 1
+    exact = features.double()
+    if features.dim() == 4:
+        heads, exact = features.shape[1], exact.mean(1)
+    unit = exact / exact.norm(dim=-1, keepdim=True)
+    cosines = unit @ reference.gather_rows(unit, index[:, prefix:]).transpose(1, 2)
+    dropped = torch.ones_like(got, dtype=torch.bool).scatter(1, index, False)
+    place = (got - prefix)[dropped]
+    assert bool(((place >= 0) & (place < cosines.shape[2])).all())
+    found = cosines[dropped].gather(1, place[:, None])[:, 0]
+    eps = ulp(torch.promote_types(features.dtype, torch.float32))
+    largest = cosines[dropped].amax(-1) if len(place) else found
+    assert bool((found >= largest - 2 * (features.shape[-1] + heads + 8) * eps).all())
+
+
+@pytest.mark.parametrize("size", [s for s in SIZES if s[4] or not s[1]], ids=str)
+@pytest.mark.parametrize("heads", [None, 1, 3])
+def test_match_kept(backend, dtype, size, heads):
+    launch = backend.launcher("match_kept")
+    x, scores, num_keep, prefix = make(backend, size, dtype)
+    index = reference.gather_topk(x, scores, num_keep, num_prefix_tokens=prefix)[1]
+    features = x if heads is None else torch.stack([x.roll(h, 1) for h in range(heads)], 1)
+    got = launch(features, index, num_prefix_tokens=prefix)
+    assert got.shape == x.shape[:2]
+    check_match(got, features, index, prefix)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_match_kept_reads_any_layout_and_order(backend, dtype, layout):
+    launch = backend.launcher("match_kept")
+    features = torch.randn(3, 2, 20, 24).to(backend.device, dtype)
+    index = torch.stack([torch.randperm(20)[:9] for _ in range(3)]).to(backend.device)
+    want = launch(features, index, num_prefix_tokens=2)
+    check_match(want, features, index, 2)
+    for view in (index, strided(index, "offset"), strided(index, "transposed")):
+        same_bits(launch(strided(features, layout), view, num_prefix_tokens=2), want)
+    same_bits(
+        launch(strided(features[:, 1], layout), index, num_prefix_tokens=2),
+        launch(features[:, 1].contiguous(), index, num_prefix_tokens=2),
+    )
+
+
+@pytest.mark.parametrize("channels", [3, 64, 130])
+def test_equal_cosines_go_to_the_lowest_place(backend, dtype, channels):
+    """Every row is one of three: the first kept patch of its kind owns it, wherever both lie."""
+    launch = backend.launcher("match_kept")
+    kinds = torch.randn(3, channels).to(backend.device, dtype)
+    kind = torch.randint(3, (2, 150)).to(backend.device)
+    index = torch.stack([torch.randperm(149)[:80].sort().values + 1 for _ in range(2)])
+    index = torch.cat([torch.zeros(2, 1, dtype=torch.int64), index], 1).to(backend.device)
+    got = launch(kinds[kind], index, num_prefix_tokens=1)
+    same_kind = kind[:, :, None] == kind.gather(1, index)[:, None, 1:]
+    assert bool(same_kind.any(-1).all())
+    first = same_kind.int().argmax(-1) + 1
+    places = torch.arange(81, device=backend.device).expand(2, -1)
+    same_bits(got, first.scatter(1, index, places))
+
+
+def test_features_without_a_direction_and_nan_have_an_owner(backend):
+    launch = backend.launcher("match_kept")
+    index = torch.tensor([[0, 3, 5, 8]], device=backend.device)
+    features = torch.randn(1, 10, 6, device=backend.device)
+
+    def owners(**rows):
+        changed = features.clone()
+        for row, value in rows.items():
+            changed[:, int(row[1:])] = value
+        return launch(changed, index, num_prefix_tokens=1)[0].tolist()
+
+    usual = owners()
+    for value in (0.0, math.nan):  # a row that is like nobody, or like everybody
+        got = owners(r7=value)
+        assert got[7] == 1 and got[:7] + got[8:] == usual[:7] + usual[8:]
+    got = owners(r5=math.nan, r8=math.nan)
+    assert got == [0, 2, 2, 1, 2, 2, 2, 2, 3, 2]
+    assert owners(r3=0.0, r5=0.0, r8=0.0) == [0, 1, 1, 1, 1, 2, 1, 1, 3, 1]
+    zeros = launch(torch.zeros_like(features), index, num_prefix_tokens=1)
+    assert zeros.tolist() == [[0, 1, 1, 1, 1, 2, 1, 1, 3, 1]]
+
+
+# --------------------------------------------------------- merge_rows and restore_rows
+
+
+def merging(backend, size, dtype):
+    """x, owners with every value taken, their number, and sizes."""
+    x, _, num_keep, prefix = make(backend, size, dtype)
+    batch, num_tokens, _ = x.shape
+    num_rows = min(num_tokens, max(1, prefix + num_keep))
+    owner = torch.arange(num_tokens).expand(batch, -1).clone()
+    owner[:, num_rows:] = torch.randint(max(1, num_rows), (batch, num_tokens - num_rows))
+    owner = owner.gather(1, torch.rand(owner.shape).argsort(1)).to(backend.device)
+    sizes = torch.randint(1, 40, owner.shape).to(backend.device, torch.float32) / 8
+    return x, owner, num_rows, sizes
+
+
+def by_owner(values, owner, num_rows):
+    """Sums (B, M, C) in float64."""
+    total = values.new_zeros((values.shape[0], num_rows, values.shape[2]), dtype=torch.float64)
+    index = owner[..., None].expand(values.shape)
+    return total.cpu().scatter_add(1, index.cpu(), values.double().cpu()).to(values.device)
+
+
+def sum_bound(terms, owner, num_rows):
+    counts = by_owner(torch.ones_like(owner)[..., None], owner, num_rows)
+    accumulate = torch.promote_types(terms.dtype, torch.float32)
+    return (counts + 3) * ulp(accumulate) * by_owner(terms.abs(), owner, num_rows)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=IDS)
+@pytest.mark.parametrize("sized", [False, True])
+def test_merge_rows_and_backward(backend, dtype, size, sized):
+    launch = backend.launcher("merge_rows")
+    x, owner, num_rows, sizes = merging(backend, size, dtype)
+    sizes = sizes if sized else None
+    tokens, merged = launch(x, owner, num_rows, sizes=sizes)
+    want, want_merged = reference.merge_rows(x, owner, num_rows, sizes=sizes)
+    same_bits(merged, want_merged)
+    alone = by_owner(torch.ones_like(owner)[..., None], owner, num_rows) == 1
+    same_bits(tokens.where(alone, 0), want.where(alone, 0))
+    weights = 1 if sizes is None else sizes.double()[..., None]
+    exact = by_owner(weights * x.double(), owner, num_rows) / merged.double()[..., None]
+    # The sizes are summed in float32, of float64 rows too.
+    bound = sum_bound((weights * x.double()).to(x.dtype), owner, num_rows)
+    bound = bound / merged.double()[..., None] + ulp(dtype) / 2 * exact.abs()
+    bound += x.shape[1] * ulp(torch.float32) * exact.abs() * sized
+    within(tokens, exact, bound + torch.finfo(dtype).tiny)
+
+    grad = torch.randn(tokens.shape).to(x)
+    got = backend.launcher("merge_rows_backward")(grad, owner, sizes, merged)
+    want_grad = reference.merge_rows_backward(grad, owner, sizes, merged)
+    same_bits(got, want_grad)
+    if backend.name == "cpu":  # which sums as the reference does
+        same_bits(tokens, want)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=IDS)
+def test_restore_rows_and_backward(backend, dtype, size):
+    launch = backend.launcher("restore_rows")
+    x, owner, num_rows, _ = merging(backend, size, dtype)
+    before, after = torch.randn(2, x.shape[0], num_rows, x.shape[2]).to(x).unbind()
+    restored = launch(x, before, after, owner)
+    same_bits(restored, reference.restore_rows(x, before, after, owner))
+
+    got = backend.launcher("restore_rows_backward")(x, owner, num_rows)
+    want = reference.restore_rows_backward(x, owner, num_rows)
+    same_bits(got[0], want[0])
+    if backend.name == "cpu":
+        same_bits(got[1], want[1])
+        same_bits(got[2], want[2])
+    alone = by_owner(torch.ones_like(owner)[..., None], owner, num_rows) == 1
+    exact = by_owner(x, owner, num_rows)
+    bound = sum_bound(x, owner, num_rows) + ulp(dtype) / 2 * exact.abs()
+    within(got[1], (-exact).masked_fill(alone, 0), bound)
+    within(got[2], exact, bound)
+    same_bits(got[2].where(alone, 0), want[2].where(alone, 0))
+
+
+def test_rows_alone_keep_every_bit(backend):
+    """NaN payloads, infinities and signed zeros: merged, restored and their gradients."""
+    launch = backend.launcher("merge_rows")
+    bits = torch.randint(-(2**31), 2**31 - 1, (2, 21, 16), dtype=torch.int32)
+    x = bits.to(backend.device).view(torch.float32)
+    owner = torch.stack([torch.randperm(21), torch.randperm(21)]).to(backend.device)
+    sizes = torch.rand(2, 21, device=backend.device) + 0.1
+    tokens, merged = launch(x, owner, 21, sizes=sizes)
+    batch = torch.arange(2, device=backend.device)[:, None]
+    assert torch.equal(tokens.view(torch.int32)[batch, owner], x.view(torch.int32))
+    same_bits(merged[batch, owner], sizes)
+    restored = backend.launcher("restore_rows")(torch.zeros_like(x), tokens, tokens, owner)
+    same_bits(restored, x)
+    grad_x, grad_before, grad_after = backend.launcher("restore_rows_backward")(x, owner, 21)
+    same_bits(grad_after, tokens)
+    assert not grad_x.view(torch.int32).any() and not grad_before.view(torch.int32).any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_merging_reads_any_layout(backend, dtype, layout):
+    launch = {name: backend.launcher(name) for name in sorted(MERGING - {"match_kept"})}
+    x, owner, num_rows, sizes = merging(backend, (3, 37, 2, 24, 17), dtype)
+    before, after = torch.randn(2, 3, num_rows, 24).to(x).unbind()
+
+    def everything(as_laid):
+        laid = {name: as_laid(t) for name, t in locals_of.items()}
+        x, before, after = laid["x"], laid["before"], laid["after"]
+        owner, sizes, merged = laid["owner"], laid["sizes"], laid["merged"]
+        return [
+            *launch["merge_rows"](x, owner, num_rows, sizes=sizes),
+            launch["merge_rows_backward"](after, owner, sizes, merged),
+            launch["restore_rows"](x, before, after, owner),
+            *launch["restore_rows_backward"](x, owner, num_rows),
+        ]
+
+    merged = reference.merge_rows(x, owner, num_rows, sizes=sizes)[1]
+    locals_of = dict(x=x, before=before, after=after, owner=owner, sizes=sizes, merged=merged)
+    want = everything(lambda t: t)
+    for a, b in zip(everything(lambda t: strided(t, layout)), want, strict=True):
+        same_bits(a, b)
+    ones = torch.ones((), device=backend.device, dtype=dtype).expand(3, 39, 24)  # of a sum
+    got = launch["restore_rows_backward"](ones, owner, num_rows)
+    for a, b in zip(got, reference.restore_rows_backward(ones, owner, num_rows), strict=True):
+        same_bits(a, b)
+
+
+def test_merging_sums_in_float32_and_never_touches_another_owner(backend):
+    launch = backend.launcher("merge_rows")
+    x = torch.tensor([[256.0, 1, -256, math.nan]], dtype=torch.bfloat16, device=backend.device)
+    owner = torch.tensor([[0, 0, 0, 1]], device=backend.device)
+    tokens, _ = launch(x[..., None], owner, 2, sizes=None)
+    assert tokens[0, 0].item() == torch.tensor(1 / 3).bfloat16().item()
+
+
+def test_merging_gives_the_same_bits_every_run_and_in_every_batch(backend):
+    x, owner, num_rows, sizes = merging(backend, (5, 100, 1, 32, 45), torch.float32)
+    after = torch.randn(5, num_rows, 32).to(x)
+    index = torch.arange(num_rows, device=backend.device).expand(5, -1)
+
+    def everything(images):
+        own = x[images], owner[images]
+        tokens, merged = backend.launcher("merge_rows")(*own, num_rows, sizes=sizes[images])
+        return [
+            tokens,
+            merged,
+            backend.launcher("match_kept")(x[images], index[images], num_prefix_tokens=1),
+            backend.launcher("merge_rows_backward")(after[images], own[1], sizes[images], merged),
+            backend.launcher("restore_rows")(own[0], tokens, after[images], own[1]),
+            *backend.launcher("restore_rows_backward")(*own, num_rows),
+        ]
+
+    want = everything(slice(0, 5))
+    for images in (slice(0, 5), slice(0, 1), slice(3, 5)):
+        for a, b in zip(everything(images), want, strict=True):
+            same_bits(a, b[images])
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_threads_do_not_change_a_merged_bit(backend, batch):
+    if backend.name != "cpu":
+        pytest.skip(f"{backend.name} does not run on torch's CPU threads")
+    x, owner, num_rows, sizes = merging(backend, (batch, 196, 1, 384, 89), torch.float32)
+    after = torch.randn(batch, num_rows, 384)
+    index = torch.arange(num_rows).expand(batch, -1)
+
+    def everything():
+        tokens, merged = backend.launcher("merge_rows")(x, owner, num_rows, sizes=sizes)
+        return [
+            tokens,
+            backend.launcher("match_kept")(x, index, num_prefix_tokens=1),
+            backend.launcher("merge_rows_backward")(after, owner, sizes, merged),
+            backend.launcher("restore_rows")(x, tokens, after, owner),
+            *backend.launcher("restore_rows_backward")(x, owner, num_rows),
+        ]
+
+    expected = everything()
+    try:
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            for got, want in zip(everything(), expected, strict=True):
+                same_bits(got, want)
+    finally:
+        torch.set_num_threads(1)
+
+
 # ------------------------------------------------------------------- what all promise
 
 
@@ -591,3 +867,36 @@ def test_rows_given_twice_are_refused_on_the_cpu(backend, operator):
     }
     with pytest.raises((ValueError, RuntimeError), match=r"index .*5 twice in image 1"):
         launch(*arguments[operator])
+
+
+@pytest.mark.parametrize(
+    "operator", ["merge_rows", "merge_rows_backward", "restore_rows", "restore_rows_backward"]
+)
+@pytest.mark.parametrize("bad", [-1, 2, 2**40])
+def test_owners_out_of_range_are_refused_on_the_cpu(backend, operator, bad):
+    if not backend.checks_index:
+        pytest.skip(f"{backend.name} cannot look at an owner without a synchronisation")
+    launch = backend.launcher(operator)
+    owner = torch.tensor([[0, 1, 1], [1, 0, bad]])
+    x, tokens = torch.randn(2, 3, 4), torch.randn(2, 2, 4)
+    arguments = {
+        "merge_rows": (x, owner, 2),
+        "merge_rows_backward": (tokens, owner, None, torch.ones(2, 2)),
+        "restore_rows": (x, tokens, tokens, owner),
+        "restore_rows_backward": (x, owner, 2),
+    }
+    with pytest.raises((ValueError, RuntimeError), match=rf"owner .*\[0, 2\).* got {bad}"):
+        launch(*arguments[operator])
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, math.nan])
+def test_sizes_that_are_not_positive_are_refused_on_the_cpu(backend, size):
+    if not backend.checks_index:
+        pytest.skip(f"{backend.name} cannot look at a size without a synchronisation")
+    launch = backend.launcher("merge_rows")
+    sizes = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, size]])
+    owner = torch.tensor([[0, 1, 1], [1, 0, 1]])
+    with pytest.raises((ValueError, RuntimeError), match="sizes must be positive"):
+        launch(torch.randn(2, 3, 4), owner, 2, sizes=sizes)
+    with pytest.raises((ValueError, RuntimeError), match=r"owner .*got no 2 in image 0"):
+        launch(torch.randn(2, 3, 4), owner, 3, sizes=None)
