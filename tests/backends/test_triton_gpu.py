@@ -48,6 +48,7 @@ def test_opcheck():
     x, scores, q, k = inputs(2, 17, 16, 2, torch.float32)
     index = reference.gather_topk(x, scores, 5)[1]
     tokens, update = x[:, :6].contiguous(), x[:, 0].contiguous()
+    owner = reference.match_kept(x, index)
     arguments = {
         "cls_scores": (q, k),
         "gather_topk": (x, scores, 5),
@@ -57,6 +58,11 @@ def test_opcheck():
         "gather_rows_backward": (tokens, index, 17),
         "scatter_back": (x, tokens, index),
         "scatter_back_backward": (x, index, True),
+        "match_kept": (x, index),
+        "merge_rows": (x, owner, 6),
+        "merge_rows_backward": (tokens, owner, None, torch.ones(2, 6, device="cuda")),
+        "restore_rows": (x, tokens, tokens * 2, owner),
+        "restore_rows_backward": (x, owner, 6),
     }
     options = {"cls_scores": dict(scale=0.5), "scatter_back": dict(update=update)}
     assert set(arguments) == set(ops.OPERATORS)
@@ -75,6 +81,9 @@ def test_gradcheck():
     assert gradcheck(lambda x, s: sk.gather_topk_fuse(x, s, 3)[0], (x, scores))
     assert gradcheck(lambda x: sk.gather_rows(x, index), (x,))
     assert gradcheck(lambda x, t, u: sk.scatter_back(x, t, index, update=u), (x, tokens, update))
+    owner = sk.match_kept(x, index)
+    assert gradcheck(lambda x: sk.merge_rows(x, owner, 4)[0], (x,))
+    assert gradcheck(lambda x, t: sk.restore_rows(x, t, t * 2, owner), (x, tokens))
 
 
 # ------------------------------------------------------------------------- at real sizes

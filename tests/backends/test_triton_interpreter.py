@@ -143,6 +143,46 @@ def test_the_longest_sequence_and_one_beyond(num_patches):
     assert torch.equal(index, reference.gather_topk(x, scores, 5000)[1])
 
 
+def test_merging_reads_each_byte_once_and_no_atomics_are_needed():
+    x, owner = torch.randn(2, 40, 24), torch.randint(7, (2, 40)).sort(1).values
+    owner[:, :7] = torch.arange(7)
+    for name, args, launches in [
+        ("merge_rows", (x, owner, 7), 2),
+        ("restore_rows_backward", (x, owner, 7), 2),
+        ("merge_rows_backward", (x[:, :7].contiguous(), owner, None, torch.ones(2, 7)), 1),
+    ]:
+        with triton_interpreted.accesses() as recorded:
+            results = getattr(kernels, name)(*args)
+        assert len(recorded) == launches
+        for result in results if isinstance(results, tuple) else (results,):
+            reads, writes = counts(recorded, result)
+            assert bool((writes == 1).all()) and not reads.any()
+        if launches == 2:
+            assert bool((counts(recorded, x)[0] == 1).all())
+    before, after = torch.randn(2, 2, 7, 24).unbind()
+    with triton_interpreted.accesses() as recorded:
+        restored = kernels.restore_rows(x, before, after, owner)
+    assert len(recorded) == 1 and bool((counts(recorded, restored)[1] == 1).all())
+    alone = (reference._row_counts(owner, 7).gather(1, owner) == 1)[..., None].expand_as(x)
+    assert torch.equal(counts(recorded, x)[0], 1 - alone.long())  # nor before's row of those
+
+
+def test_owners_out_of_range_are_left_out():
+    x, owner = torch.randn(1, 9, 5), torch.tensor([[0, 1, 7, 1, -1, 2, 2, 2**32 + 1, 0]])
+    good = [0, 1, 3, 5, 6, 8]
+    tokens, merged = kernels.merge_rows(x, owner, 3)
+    want, want_merged = reference.merge_rows(x[:, good], owner[:, good], 3)
+    assert torch.equal(tokens, want) and torch.equal(merged, want_merged)
+    restored = kernels.restore_rows(x, want, want * 2, owner)
+    bad = [2, 4, 7]
+    assert torch.equal(restored[:, bad], x[:, bad])
+    assert torch.equal(
+        restored[:, good], reference.restore_rows(x[:, good], want, want * 2, owner[:, good])
+    )
+    assert not kernels.merge_rows_backward(want, owner, None, merged)[:, bad].any()
+    assert torch.equal(kernels.restore_rows_backward(x, owner, 3)[0][:, bad], x[:, bad])
+
+
 def test_offsets_beyond_2_31_elements():
     """Rows 2**30 elements apart, in memory that is reserved and never touched in between."""
     try:
@@ -233,6 +273,7 @@ class TestDispatched:
         index = reference.gather_topk(x, scores, 3)[1]
         tokens, update = torch.randn(2, 4, 8), torch.randn(2, 8)
         q, k = torch.randn(2, 3, 4), torch.randn(2, 3, 9, 4)
+        owner, sizes = reference.match_kept(x, index), torch.rand(2, 9) + 0.5
         arguments = {
             "cls_scores": (q, k),
             "gather_topk": (x, scores, 3),
@@ -242,8 +283,14 @@ class TestDispatched:
             "gather_rows_backward": (tokens, index, 9),
             "scatter_back": (x, tokens, index),
             "scatter_back_backward": (x, index, True),
+            "match_kept": (x, index),
+            "merge_rows": (x, owner, 4),
+            "merge_rows_backward": (tokens, owner, sizes, torch.ones(2, 4)),
+            "restore_rows": (x, tokens, tokens * 2, owner),
+            "restore_rows_backward": (x, owner, 4),
         }
         options = {"cls_scores": dict(scale=0.5), "scatter_back": dict(update=update)}
+        options["merge_rows"] = dict(sizes=sizes)
         assert set(arguments) == set(ops.OPERATORS)
         for name, args in arguments.items():
             with triton_interpreted.accesses() as recorded:
@@ -264,6 +311,9 @@ class TestDispatched:
         check(lambda x, s: sk.gather_topk_fuse(x, s, 2)[0], x, scores)
         check(lambda x: sk.gather_rows(x, index), x)
         check(lambda x, t, u: sk.scatter_back(x, t, index, update=u), x, tokens, update)
+        owner, sizes = torch.tensor([[0, 1, 1, 2, 1]]), torch.rand(1, 5) + 0.5
+        check(lambda x: sk.merge_rows(x, owner, 3, sizes=sizes)[0], x)
+        check(lambda x, t: sk.restore_rows(x, t, t * 2, owner), x, tokens)
 
     def test_one_graph_serves_every_batch_size(self):
         counter = CompileCounterWithBackend("aot_eager")

@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from backend_matrix import BACKENDS, INTERPRETING, Backend, launches, ulp
-from test_operators import ADVERSE, check_cls_scores, same_bits
+from backend_matrix import BACKENDS, INTERPRETING, MERGING, Backend, launches, ulp
+from test_operators import ADVERSE, check_cls_scores, check_match, same_bits
 from torch import Tensor
 
 import skipvit_kernels
@@ -84,6 +84,11 @@ class Cell:
         fields = dict(pair.split("=") for pair in pairs)
         numbers = {f.name for f in dataclasses.fields(Cell) if isinstance(f.default, int)}
         return Cell(operator, **{k: int(v) if k in numbers else v for k, v in fields.items()})  # type: ignore[arg-type]
+
+
+def base(operator: str) -> str:
+    """The operator of cells that have a name of their own."""
+    return operator.partition("+")[0]
 
 
 # ------------------------------------------------------------------------------ comparisons
@@ -222,6 +227,30 @@ class Case:
             self.columns = [[c for c in whole if c != gone] for gone in wrong]
         return self.lay(index)
 
+    def owners(self) -> tuple[Tensor, int, list[int]]:
+        """(B, N) owners, their number M, and the columns that are right in every image.
+
+        Every value is taken but with rows=repeated, where 0 is missing if there is another one.
+        """
+        cell, num_tokens = self.cell, self.num_tokens
+        num_rows = self.num_rows or min(1, num_tokens)
+        owner = torch.arange(num_tokens).expand(cell.B, -1).clone()
+        others = self.rand(cell.B, num_tokens - num_rows) * num_rows
+        owner[:, num_rows:] = others.long().clamp(max=max(0, num_rows - 1))
+        owner = owner.gather(1, self.rand(cell.B, num_tokens).argsort(1))
+        columns = list(range(num_tokens))
+        if cell.rows in OUT_OF_RANGE:
+            value = OUT_OF_RANGE[cell.rows]
+            wrong = columns.pop(self.randint(num_tokens))
+            owner[:, wrong] = num_rows if value is None else value
+        elif cell.rows == "repeated":
+            owner = owner.clamp(min=min(1, num_rows - 1))
+        return self.lay(owner), num_rows, columns
+
+    def sizes(self, *shape: int) -> Tensor:
+        """Exact in float32 for as many as there are: their order makes no difference."""
+        return self.lay(((self.rand(*shape) * 40).floor() + 1) / 8).detach()
+
     def refusal(self) -> tuple[tuple[type[Exception], ...], str] | None:
         """The errors one of which must come, and how its message must start."""
         cell, backend = self.cell, self.backend
@@ -234,11 +263,14 @@ class Case:
             return (TypeError, ValueError), ""
         if cell.operator == "cls_scores" and cell.C == 0 and self.public:
             return (ValueError,), "q must have at least one head of width 1"
+        if cell.operator == "match_kept" and cell.K == 0 < cell.n:
+            return (ValueError, RuntimeError), "index must hold at least one kept patch"
         invalid = cell.rows in OUT_OF_RANGE or cell.rows == "repeated"
         if backend.checks_index and invalid and takes_index(cell.operator):
-            if cell.rows == "repeated" and cell.operator == "gather_rows":
-                return None  # nothing is written twice
-            return (ValueError,) if self.public else (ValueError, RuntimeError), "index must"
+            if cell.rows == "repeated" and not refuses_repeated(cell):
+                return None
+            argument = "owner" if takes_owner(cell.operator) else "index"
+            return (ValueError,) if self.public else (ValueError, RuntimeError), f"{argument} must"
         return None
 
     def call(self, *args: Any, **options: Any) -> tuple[Tensor, ...] | None:
@@ -481,6 +513,118 @@ def scatter_gradients(case: Case, got: tuple[Tensor, ...], grad: Tensor, index: 
         sums(got[2], want.double(), 1, accumulation(grad))
 
 
+def check_match_kept(case: Case) -> None:
+    cell = case.cell
+    heads = (cell.H,) if cell.H else ()
+    features, index = case.floats(cell.B, *heads, case.num_tokens, cell.C), case.index()
+    got = case.call(features, index, num_prefix_tokens=cell.P)
+    if got is None:
+        return
+    (owner,), features = got, features.detach()
+    assert owner.dtype == torch.int64 and owner.shape == (cell.B, case.num_tokens)
+    kept, last = moved(index, case.num_tokens)[..., 0], max(cell.P, case.num_rows - 1)
+    assert bool(((owner >= cell.P) & (owner <= last) | kept).all())
+    if cell.rows in OUT_OF_RANGE or cell.rows == "repeated":
+        return
+    mean = features.double().mean(1) if heads else features.double()
+    nan = mean.isnan().any(-1) & ~kept
+    assert bool((owner[nan] == cell.P).all())
+    # What has squares that vanish in float32 has no direction.
+    plain = (mean.isfinite().all(-1) & ~(mean.norm(dim=-1) < 1e-15)).all(-1)
+    check_match(owner[plain], features[plain], index[plain], cell.P)
+
+
+def grouped(values: Tensor, owner: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """(B, M, N, C) in float64: the values of each owner, else 0; and how many, (B, M, 1)."""
+    mine = owner[:, None] == torch.arange(num_rows, device=owner.device)[:, None]
+    terms = values.double()[:, None].expand(-1, num_rows, -1, -1)
+    return terms.masked_fill(~mine[..., None], 0), mine.sum(-1, keepdim=True)
+
+
+def check_merge_rows(case: Case, with_sizes: bool = False) -> None:
+    cell = case.cell
+    x, (owner, num_rows, good) = case.floats(cell.B, case.num_tokens, cell.C), case.owners()
+    sizes = case.sizes(cell.B, case.num_tokens) if with_sizes else None
+    got = case.call(x, owner, num_rows, sizes=sizes)
+    if got is None:
+        return
+    (tokens, merged), own = got, x.detach()
+    good_sizes = sizes if sizes is None else sizes[:, good]
+    want, total = reference.merge_rows(own[:, good], owner[:, good], num_rows, sizes=good_sizes)
+    same_bits(merged, total)
+    weighted = own[:, good].double() * (1 if sizes is None else good_sizes.double()[..., None])
+    terms, counts = grouped(weighted, owner[:, good], num_rows)
+    assert tokens.dtype == x.dtype and bool(tokens.isnan().where(counts == 0, True).all())
+    several = counts > 1
+    terms = terms / total.double().where(counts[..., 0] > 0, 1)[..., None, None]
+    alone = counts == 1
+    same_bits(tokens.masked_fill(~alone, 0), want.masked_fill(~alone, 0))
+    terms = terms.masked_fill(~several[..., None], 0)
+    sums(tokens.masked_fill(~several, 0), terms, 2, accumulation(x))
+    if case.public:
+        grad = case.floats(*tokens.shape).detach()
+        (grad_x,) = case.gradients(grad, x)
+        same_numbers(grad_x, reference.merge_rows_backward(grad, owner, sizes, merged))
+
+
+def check_merge_rows_backward(case: Case, with_sizes: bool = False) -> None:
+    cell = case.cell
+    owner, num_rows, good = case.owners()
+    grad, merged = case.floats(cell.B, num_rows, cell.C), case.sizes(cell.B, num_rows)
+    sizes = case.sizes(cell.B, case.num_tokens) if with_sizes else None
+    got = case.call(grad, owner, sizes, merged)
+    if got is None:
+        return
+    want = torch.zeros_like(got[0])
+    good_sizes = sizes if sizes is None else sizes[:, good]
+    want[:, good] = reference.merge_rows_backward(grad, owner[:, good], good_sizes, merged)
+    same_numbers(got[0], want)
+
+
+def check_restore_rows(case: Case) -> None:
+    cell = case.cell
+    x, (owner, num_rows, good) = case.floats(cell.B, case.num_tokens, cell.C), case.owners()
+    before, after = (case.floats(cell.B, num_rows, cell.C) for _ in range(2))
+    got = case.call(x, before, after, owner)
+    if got is None:
+        return
+    want = x.detach().clone(memory_format=torch.contiguous_format)
+    want[:, good] = reference.restore_rows(x[:, good], before, after, owner[:, good])
+    same_numbers(got[0], want)
+    moves = torch.ones(cell.B, case.num_tokens, 1, dtype=torch.bool, device=x.device)
+    moves[:, good] = reference._is_alone(owner[:, good], num_rows)
+    same_bits(got[0].masked_fill(~moves, 0), want.masked_fill(~moves, 0))
+    if case.public:
+        grad = case.floats(*x.shape).detach()
+        gradients = case.gradients(grad, x, before, after)
+        restored_gradients(gradients, grad, owner, num_rows, good)
+
+
+def check_restore_rows_backward(case: Case) -> None:
+    cell = case.cell
+    grad, (owner, num_rows, good) = case.floats(cell.B, case.num_tokens, cell.C), case.owners()
+    got = case.call(grad, owner, num_rows)
+    if got is not None:
+        restored_gradients(got, grad, owner, num_rows, good)
+
+
+def restored_gradients(
+    got: tuple[Tensor, ...], grad: Tensor, owner: Tensor, num_rows: int, good: list[int]
+) -> None:
+    want = grad.clone(memory_format=torch.contiguous_format)
+    want[:, good], _, want_after = reference.restore_rows_backward(
+        grad[:, good], owner[:, good], num_rows
+    )
+    grad_x, grad_before, grad_after = got
+    same_bits(grad_x, want)
+    terms, counts = grouped(grad[:, good], owner[:, good], num_rows)
+    alone = counts == 1
+    same_bits(grad_after.masked_fill(~alone, 0), want_after.masked_fill(~alone, 0))
+    terms = terms.masked_fill(alone[..., None], 0)
+    sums(grad_after.masked_fill(alone, 0), terms, 2, accumulation(grad))
+    sums(grad_before, -terms, 2, accumulation(grad))
+
+
 def accumulation(*tensors: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
 
@@ -499,8 +643,19 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "scatter_back_backward+update": functools.partial(
         check_scatter_back_backward, with_update=True
     ),
+    "match_kept": check_match_kept,
+    "merge_rows": check_merge_rows,
+    "merge_rows+sizes": functools.partial(check_merge_rows, with_sizes=True),
+    "merge_rows_backward": check_merge_rows_backward,
+    "merge_rows_backward+sizes": functools.partial(check_merge_rows_backward, with_sizes=True),
+    "restore_rows": check_restore_rows,
+    "restore_rows_backward": check_restore_rows_backward,
 }
-PUBLIC = ("cls_scores", "gather_topk", "gather_topk_fuse", "gather_rows", "scatter_back")
+PUBLIC = tuple(name for name in skipvit_kernels.ops.__all__ if name in CHECKS)
+
+
+def operators(backend: Backend) -> tuple[str, ...]:
+    return tuple(name for name in CHECKS if base(name) not in backend.left_out)
 
 
 def takes_scores(operator: str) -> bool:
@@ -511,8 +666,24 @@ def takes_index(operator: str) -> bool:
     return operator not in ("cls_scores", "gather_topk", "gather_topk_fuse")
 
 
+def takes_owner(operator: str) -> bool:
+    return base(operator) in MERGING - {"match_kept"}
+
+
+def refuses_repeated(cell: Cell) -> bool:
+    """Where a row would be written twice, or an owner has none."""
+    if takes_owner(cell.operator):
+        return base(cell.operator) == "merge_rows" and cell.P + cell.K > 1
+    return cell.operator != "gather_rows"
+
+
 def only_moves(operator: str) -> bool:
-    return operator != "cls_scores" and "fuse" not in operator and "backward+" not in operator
+    return (
+        base(operator) not in MERGING
+        and operator != "cls_scores"
+        and "fuse" not in operator
+        and "backward+" not in operator
+    )
 
 
 # --------------------------------------------------------------------------- bad arguments
@@ -530,6 +701,8 @@ def check_arguments(case: Case) -> None:
     x, scores = torch.randn(batch, num_tokens, channels), torch.rand(batch, heads, patches)
     index = torch.arange(prefix + keep).expand(batch, -1)
     rows = torch.randn(batch, prefix + keep + 1, channels)
+    owner = (torch.arange(num_tokens) % (prefix + keep)).expand(batch, -1)
+    sizes = torch.ones(batch, num_tokens)
     selecting = {"x": x, "scores": scores, "num_keep": keep, "num_prefix_tokens": prefix}
     valid_calls: dict[str, dict[str, Any]] = {
         "cls_scores": {
@@ -546,6 +719,14 @@ def check_arguments(case: Case) -> None:
         "gather_topk_fuse_backward": {"grad": rows, "x": x, "scores": scores, "index": index},
         "gather_rows_backward": {"grad": rows[:, 1:], "index": index, "num_tokens": num_tokens},
         "scatter_back_backward": {"grad": x, "index": index, "has_update": rng.random() < 0.5},
+        "match_kept": {"features": x, "index": index, "num_prefix_tokens": prefix},
+        "merge_rows": {"x": x, "owner": owner, "num_rows": prefix + keep, "sizes": sizes},
+        "restore_rows": {"x": x, "before": rows[:, 1:], "after": rows[:, 1:], "owner": owner},
+        "merge_rows_backward": {
+            "grad": rows[:, 1:], "owner": owner, "sizes": sizes,
+            "merged_sizes": torch.ones(batch, prefix + keep),
+        },
+        "restore_rows_backward": {"grad": x, "owner": owner, "num_rows": prefix + keep},
     }  # fmt: skip
     operator = rng.choice(PUBLIC if case.public else tuple(valid_calls))
     arguments = dict(valid_calls[operator])
@@ -601,7 +782,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def drawn(cell: Cell, backend: Backend, rng: random.Random) -> Cell:
     """The cell with all that is not its shape drawn at random."""
-    operator = cell.operator.removesuffix("+update")
+    operator = base(cell.operator)
     return dataclasses.replace(
         cell,
         scores_dtype=dtype_name(rng.choice(backend.dtypes)),
@@ -622,14 +803,15 @@ def shapes(backend: Backend) -> Iterator[Cell]:
     """
     rng = random.Random(0)
     by_emptiness: dict[object, list[Cell]] = {}
-    grid = itertools.product(CHECKS, backend.dtypes, (0, 1, 3), (0, 1, 5), (0, 1, 2, 17))
+    grid = itertools.product(
+        operators(backend), backend.dtypes, (0, 1, 3), (0, 1, 5), (0, 1, 2, 17)
+    )
     for operator, dtype, batch, prefix, n in grid:
         # Channels that the backend does not have must be refused: of these, 1 and 3.
         channels = sorted({0, 1, 3, backend.channels(1, dtype), 64})
         keeps = sorted({0, 1, n // 2, n} & set(range(n + 1))) if operator != "cls_scores" else (0,)
-        heads = (
-            (0, 1, 3) if takes_scores(operator) else (1, 3) if operator == "cls_scores" else (0,)
-        )
+        heads = {"cls_scores": (1, 3), "match_kept": (0, 3)}.get(operator, (0,))
+        heads = (0, 1, 3) if takes_scores(operator) else heads
         for c, k, h in itertools.product(channels, keeps, heads):
             cell = Cell(operator, dtype_name(dtype), B=batch, P=prefix, n=n, C=c, K=k, H=h)
             by_emptiness.setdefault(emptiness(cell), []).append(drawn(cell, backend, rng))
@@ -645,7 +827,9 @@ def emptiness(cell: Cell) -> object:
 
 def layouts(backend: Backend) -> Iterator[Cell]:
     """Rows around the width of a vector, in every layout."""
-    every = itertools.product(CHECKS, backend.dtypes, CHANNELS, (*LAYOUTS, *EXPANDED, "mixed"))
+    every = itertools.product(
+        operators(backend), backend.dtypes, CHANNELS, (*LAYOUTS, *EXPANDED, "mixed")
+    )
     for operator, dtype, channels, layout in every:
         yield Cell(
             operator, dtype_name(dtype), C=channels, H=2 * takes_scores(operator), layout=layout
@@ -661,7 +845,7 @@ def values(backend: Backend) -> Iterator[Cell]:
         cell = Cell(operator, dtype_name(dtype), dtype_name(scores_dtype), n=20, K=9, H=heads)
         numbers = "bits" if only_moves(operator) else "special"
         yield dataclasses.replace(cell, scores=scores, values=numbers)
-    for operator, dtype in itertools.product(CHECKS, backend.dtypes):
+    for operator, dtype in itertools.product(operators(backend), backend.dtypes):
         numbers = "bits" if only_moves(operator) else "special"
         for channels in (16, 48):
             yield Cell(operator, dtype_name(dtype), C=channels, values=numbers, seed=channels)
@@ -671,11 +855,15 @@ def indices(backend: Backend) -> Iterator[Cell]:
     """Every kind of wrong entry, for every operator that takes an index."""
     kinds = ("shuffled", "repeated", *OUT_OF_RANGE)
     for operator, dtype, rows, layout, seed in itertools.product(
-        filter(takes_index, CHECKS), backend.dtypes, kinds, ("contiguous", "offset"), range(3)
+        filter(takes_index, operators(backend)),
+        backend.dtypes,
+        kinds,
+        ("contiguous", "offset"),
+        range(3),
     ):
         cell = Cell(operator, dtype_name(dtype), rows=rows, layout=layout, seed=seed)
         yield cell
-        if backend.name == "cpu" and operator.removesuffix("+update") in PUBLIC:
+        if backend.name == "cpu" and base(operator) in PUBLIC:
             yield dataclasses.replace(cell, route="public")
 
 
@@ -685,7 +873,7 @@ def random_cells(backend: Backend) -> Iterator[Cell]:
     largest = 40 if backend.name == "cpu" else 20
     for seed in itertools.count(start):
         rng = random.Random(seed)
-        operator = rng.choice(tuple(CHECKS))
+        operator = rng.choice(operators(backend))
         n = rng.choice((0, 1, rng.randint(0, largest), rng.randint(0, largest)))
         channels = rng.choice((rng.choice(CHANNELS), rng.randint(0, largest)))
         dtype = rng.choice(backend.dtypes)
@@ -718,6 +906,8 @@ def served(cell: Cell, backend: Backend) -> bool:
     """False for the cells that a backend is known not to serve, each for a reason of its own."""
     if cell.operator == "cls_scores" and cell.C == 0 and backend.row_bytes == 1:
         return cell.route == "public"  # where it is refused; of a launcher nothing is said
+    if cell.operator == "match_kept" and cell.K == 0 < cell.n and not backend.checks_index:
+        return False  # likewise
     if backend.name == "triton" and INTERPRETING:
         # The interpreter loses bfloat16's subnormal numbers, and reads its bits as float64's.
         dtypes = {cell.dtype, cell.scores_dtype} if takes_scores(cell.operator) else {cell.dtype}
@@ -756,7 +946,7 @@ def cells(part: str, backend: Backend) -> list[Cell]:
 def run(cell: Cell, backend: Backend, launch: Callable[..., Any] | None = None) -> None:
     """Raises AssertionError where the backend, or `launch` in its place, breaks the contract."""
     torch.set_num_threads(cell.threads)
-    operator = cell.operator.removesuffix("+update")
+    operator = base(cell.operator)
     check = CHECKS.get(cell.operator, check_arguments)
     if launch is None and operator in CHECKS:
         public = cell.route == "public"
