@@ -20,7 +20,7 @@ _NOTATION = re.compile(
 )
 # Who says which patches stay, and whether the scores are attention weights: only these may weigh
 # tokens.
-SCORERS = {"cls": True, "mean": True, "norm": False, "random": False}
+SCORERS = {"cls": True, "mean": True, "latent": True, "norm": False, "random": False}
 _EXAMPLES = '"6(55%)+11", "6(55%)+11:mean", "4,7(30%,30%)+10", "6(45%)+fused" or "6(55%)"'
 
 
@@ -47,8 +47,9 @@ class SkipConfig:
         rejoin_update: "none": tokens return as they left (the paper); "mean": each is moved by the
             mean movement of its image's kept patches over the skipped blocks.
         scorer: who says which patches stay. "cls": CLS, by its attention (the paper); "mean": the
-            mean of the patches' queries, by its; "norm": the norms of their keys; "random": chance,
-            from torch's generator, for control. None: what suits the model, CLS where it has one.
+            mean of the patches' queries, by its; "latent": the query of a head that pools by one;
+            "norm": the norms of their keys; "random": chance, from torch's generator, for control.
+            None: what suits the model, CLS where it has one.
         warmup_epochs: epochs without dropping (the paper used 15); see `set_epoch`.
         cls_only_last_block: compute of the last block only what a head that reads CLS needs: keys
             and values of all tokens, but one query, one projection row, one MLP row. Lossless, so

@@ -177,10 +177,10 @@ BAD_NOTATIONS = {
     "'median' in '6(55%)+11:median'",
     "6(55%)+11:": 'options must be "mean", "cls", "score=random" or "warmup=15", got \'\'',
     "6(55%)+11:score=": 'options must be "mean", "cls", "score=random" or "warmup=15", got ',
-    "6(55%)+11:score=luck": 'scorer must be one of "cls", "mean", "norm", "random", got \'luck\'',
+    "6(55%)+11:score=luck": 'scorer must be one of "cls", "mean", "latent", "norm", "random", got',
     "6(55%)+11:warmup=": "options must be",
     "6(55%)+fuzed": "rejoin must be a layer or \"fused\", got 'fuzed' in '6(55%)+fuzed'",
-    "6(55%)+fused:score=norm": 'scorer must be "cls" or "mean", attention weights, where scores',
+    "6(55%)+fused:score=norm": 'scorer must be "cls" or "mean" or "latent", attention weights',
     "six(55%)": 'config must read like "6(55%)+11"',
     "6 55%": "config must read like",
 }
