@@ -15,13 +15,18 @@ from skipvit_kernels.skipping.methods import Candidates, Method, Reduced
 
 
 class Drop(NamedTuple):
-    """What a layer drops: how much, who stays, what becomes of the others."""
+    """What a layer drops: how much, who stays, what becomes of the others.
+
+    Attributes:
+        head: the model's final norm and pool, where their latent query says who stays.
+    """
 
     ratio: Fraction
     num_prefix_tokens: int
     scorer: str
     method: Method
     rejoin: bool
+    head: tuple[Any, Any] | None = None
 
     def num_keep(self, num_tokens: int) -> int:
         return num_kept(num_tokens - self.num_prefix_tokens, self.ratio)
@@ -87,7 +92,9 @@ def _reduce(x: Tensor, layer: Layer, drop: Drop, context: Context) -> tuple[Tens
     """x after the layer's attention, and what goes on of it. Keys and scores end with this call."""
     attended = layer.family.attend(layer.block, x, context)
     prefix, method = drop.num_prefix_tokens, drop.method
-    scores = scorers.score(drop.scorer, layer.family, attended, prefix, trained=method.weighs)
+    scores = scorers.score(
+        drop.scorer, layer.family, attended, prefix, trained=method.weighs, head=drop.head
+    )
     num_keep = drop.num_keep(x.shape[1])
     left = method.reduce(
         Candidates(attended.x, attended.k, scores, num_keep, prefix, context.sizes)
@@ -152,6 +159,10 @@ class SkipBlock(nn.Module):
             )
         chosen = methods.make(method, rejoin_update, "rejoin", rejoin)
         check_scorer(scorer, weighs=chosen.weighs)
+        if scorer == "latent":
+            raise ValueError(
+                'scorer must not be "latent" in a SkipBlock, which has no head: patch the model'
+            )
         self.drop = Drop(as_ratio(drop_ratio), num_prefix_tokens, scorer, chosen, rejoin)
 
     def layers(self) -> Run:
