@@ -23,7 +23,7 @@ class Skipping(nn.Module):
     a forward computes is kept.
     """
 
-    family: type[Family]
+    family: type[Family]  # of the blocks
     config: SkipConfig
     drops: dict[int, Drop]  # by layer
     num_head_tokens: int
@@ -97,6 +97,13 @@ class SkipModuleList(Skipping, nn.ModuleList):
         return nn.ModuleList(blocks) if isinstance(idx, slice) else blocks
 
 
+class SkipLooped(Skipping, nn.Sequential):
+    """Blocks in an nn.Sequential that the model calls itself, one by one, nevertheless."""
+
+    __iter__ = SkipModuleList.__iter__
+    __getitem__ = SkipModuleList.__getitem__
+
+
 def first_special(layers: list[Layer]) -> int:
     """The place of the first layer that does not just run its block; their number if all do."""
     special = (at for at, (_, _, drop, rows, _) in enumerate(layers) if drop or rows is not None)
@@ -123,9 +130,10 @@ class _Turn:
     ) -> None:
         self.blocks, self.run, self.given, self.at = blocks, run, given, at
 
-    def __call__(self, x: Tensor, **arguments: Any) -> Tensor:
+    def __call__(self, x: Tensor, *positional: Any, **arguments: Any) -> Tensor:
         given = self.given
-        given[self.at] = arguments
+        names = self.blocks.family.positional
+        given[self.at] = dict(zip(names, positional, strict=False)) | arguments
         if self.at < len(self.run) - 1:
             return x
         first = given[0]
