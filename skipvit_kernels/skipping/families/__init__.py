@@ -47,6 +47,9 @@ ROWS = [
         models=(),
         blocks=(f"{_VIT}ParallelScalingBlock", f"{_VIT}DiffParallelScalingBlock"),
     ),
+    Row(".eva.Eva", models=(f"{_EVA}Eva",), blocks=(f"{_EVA}EvaBlock",)),
+    Row(".eva.PostNorm", models=(), blocks=(f"{_EVA}EvaBlockPostNorm",)),
+    Row(".eva.Unmasked", models=(), blocks=(f"{_DEEPSEEK}Block",)),
 ]
 
 
