@@ -50,6 +50,9 @@ ROWS = [
     Row(".eva.Eva", models=(f"{_EVA}Eva",), blocks=(f"{_EVA}EvaBlock",)),
     Row(".eva.PostNorm", models=(), blocks=(f"{_EVA}EvaBlockPostNorm",)),
     Row(".eva.Unmasked", models=(), blocks=(f"{_DEEPSEEK}Block",)),
+    Row(".relative.Beit", ("timm.models.beit.Beit",), ("timm.models.beit.Block",)),
+    Row(".relative.RelPos", (f"{_RELPOS}VisionTransformerRelPos",), (f"{_RELPOS}RelPosBlock",)),
+    Row(".relative.RelPosPostNorm", models=(), blocks=(f"{_RELPOS}ResPostRelPosBlock",)),
 ]
 
 
