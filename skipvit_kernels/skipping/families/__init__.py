@@ -53,6 +53,7 @@ ROWS = [
     Row(".relative.Beit", ("timm.models.beit.Beit",), ("timm.models.beit.Block",)),
     Row(".relative.RelPos", (f"{_RELPOS}VisionTransformerRelPos",), (f"{_RELPOS}RelPosBlock",)),
     Row(".relative.RelPosPostNorm", models=(), blocks=(f"{_RELPOS}ResPostRelPosBlock",)),
+    Row(".naflex.NaFlex", models=("timm.models.naflexvit.NaFlexVit",), blocks=()),
 ]
 
 
