@@ -54,6 +54,18 @@ ROWS = [
     Row(".relative.RelPos", (f"{_RELPOS}VisionTransformerRelPos",), (f"{_RELPOS}RelPosBlock",)),
     Row(".relative.RelPosPostNorm", models=(), blocks=(f"{_RELPOS}ResPostRelPosBlock",)),
     Row(".naflex.NaFlex", models=("timm.models.naflexvit.NaFlexVit",), blocks=()),
+    Row(
+        ".encoders.Encoder",
+        models=tuple(
+            f"{name}{kind}" for name in (_QWEN, _DEEPSEEK) for kind in ("Encoder", "Classifier")
+        ),
+        blocks=(),
+    ),
+    Row(
+        ".encoders.Gemma4",
+        models=(f"{_GEMMA}VitEncoder", f"{_GEMMA}VitClassifier"),
+        blocks=(f"{_GEMMA}Block",),
+    ),
 ]
 
 
