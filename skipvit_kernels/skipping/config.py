@@ -18,7 +18,10 @@ _NOTATION = re.compile(
 )
 # Who says which patches stay, and whether the scores are attention weights: only these may weigh
 # tokens.
-SCORERS = {"cls": True, "mean": True, "norm": False, "similar": False, "random": False}
+SCORERS = {
+    **{"cls": True, "mean": True, "latent": True},
+    **{"norm": False, "similar": False, "random": False},
+}
 # By what two patches are alike.
 MATCHES = ("tokens", "keys")
 END = "end"
@@ -63,10 +66,10 @@ class SkipConfig:
         rejoin_update: "none": tokens return as they left (the paper); "mean": each is moved by the
             mean movement of its image's kept patches over the skipped blocks.
         scorer: who says which patches stay. "cls": CLS, by its attention (the paper); "mean": the
-            mean of the patches' queries, by its; "norm": the norms of their keys; "similar": minus
-            the largest cosine with a patch of odd position, which itself stays (at most half may
-            leave); "random": chance, from torch's generator, for control. None: what suits the
-            model, CLS where it has one.
+            mean of the patches' queries, by its; "latent": the query of a head that pools by one;
+            "norm": the norms of their keys; "similar": minus the largest cosine with a patch of odd
+            position, which itself stays (at most half may leave); "random": chance, from torch's
+            generator, for control. None: what suits the model, CLS where it has one.
         match: for method "merge" and scorer "similar", by what two patches are alike: their
             "tokens" after the attention, or their "keys" in it, averaged over the heads.
         warmup_epochs: epochs without dropping (the paper used 15); see `set_epoch`.

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from skipvit_kernels.skipping import cls_only, families
 from skipvit_kernels.skipping.config import SkipConfig, num_kept
-from skipvit_kernels.skipping.families import Family
+from skipvit_kernels.skipping.families import Family, check_hooks
 from skipvit_kernels.skipping.run import Drop, check_blocks
 from skipvit_kernels.skipping.sequence import (
+    SkipLooped,
     SkipModuleList,
     Skipping,
     SkipRecord,
@@ -39,8 +40,8 @@ def patch(
     stay those of the unpatched model. Patch before torch.compile, DDP and the like wrap it.
 
     Args:
-        model: of a known family (`skipping/families`): timm's VisionTransformer, with or without
-            CLS, distilled, with LayerScale, q/k norm, gates, DropPath, registers.
+        model: of a known family (`skipping/families`): 322 names of timm 1.0.31, from DeiT to
+            DINOv3, SigLIP2, NaFlex and BEiT; docs/families.md has them all.
         config: where and how much, as a `SkipConfig` or its notation, e.g. "6(55%)+11"; "" drops
             nothing.
         warmup_epochs: epochs without dropping, counted by `set_epoch`; default the config's.
@@ -52,7 +53,8 @@ def patch(
         The model itself.
 
     Raises:
-        ValueError: where the model or one of its blocks cannot skip, naming it and the reason,
+        ValueError: where the model or one of its blocks cannot skip, naming it and the reason
+            (an unknown class or part, a forward of its own, hooks that would not fire),
             where the configuration does not fit its depth, or where `cls_only_last_block` meets a
             head that reads other tokens (average pooling). The model is then as it was.
     """
@@ -62,7 +64,7 @@ def patch(
         config = dataclasses.replace(config, warmup_epochs=warmup_epochs)
     if cls_only_last_block is not None:
         config = dataclasses.replace(config, cls_only_last_block=cls_only_last_block)
-    family = check(model, config)
+    family, blocks_family = check(model, config)
     if config.cls_only_last_block:
         cls_only.make_cls_only(model)
     blocks: Any = family.blocks(model)
@@ -70,14 +72,16 @@ def patch(
     method, rejoins = config.make_method(), config.rejoin_at is not None
     # A head that reads patches reads merged ones as often as they count.
     spread = method.sizes and not rejoins and family.reads_more(model) is not None
-    taps = [name for name, module in model._modules.items() if module is blocks]
-    if taps and hasattr(model, _TAP):
-        vars(model)[_TAP] = Tapped(model, taps[0])
-    blocks.__class__ = _SKIPPING[type(blocks)]
-    blocks.family = family
+    head = family.latent(model) if scorer == "latent" else None
+    trunk = family.trunk(model)
+    taps = [name for name, module in trunk._modules.items() if module is blocks]
+    if taps and hasattr(trunk, _TAP):
+        vars(trunk)[_TAP] = Tapped(trunk, taps[0])
+    blocks.__class__ = SkipLooped if family.looped else _SKIPPING[type(blocks)]
+    blocks.family = blocks_family
     blocks.config = config
     blocks.drops = {
-        layer: Drop(ratio, prefix, scorer, config.match, method, rejoins, spread)
+        layer: Drop(ratio, prefix, scorer, config.match, method, rejoins, spread, head)
         for layer, ratio in zip(config.drop_at, config.drop_ratio, strict=True)
     }
     blocks.num_prefix_tokens = prefix
@@ -89,8 +93,8 @@ def patch(
     return model
 
 
-def check(model: nn.Module, config: SkipConfig) -> type[Family]:
-    """The family of a model that `config` fits.
+def check(model: nn.Module, config: SkipConfig) -> tuple[type[Family], type[Family]]:
+    """The family of a model that `config` fits, and that of the blocks that do not just run.
 
     Raises:
         ValueError: as `patch`.
@@ -109,13 +113,25 @@ def check(model: nn.Module, config: SkipConfig) -> type[Family]:
             f"model.blocks must be an nn.Sequential or nn.ModuleList, got {type(blocks).__name__}"
         )
     config.check_depth(len(blocks))
+    blocks_family = family
     for layer in config.drop_at[:1]:
-        check_blocks(list(blocks)[layer - 1 : config.last_skipping(len(blocks))])
+        run = list(blocks)[layer - 1 : config.last_skipping(len(blocks))]
+        blocks_family = check_blocks(run)
+    for layer in config.drop_at:
+        block = blocks[layer - 1]
+        check_hooks(f"layer {layer}", block, blocks_family.passed_by(block))
     if config.cls_only_last_block:
-        check_blocks([blocks[-1]])
-        if reason := family.reads_more(model) or family.needs_whole(blocks[-1]):
+        last = check_blocks([blocks[-1]])
+        if reason := family.reads_more(model) or last.needs_whole(blocks[-1]):
             raise ValueError(reason)
-    return family
+        if config.drop_at and last is not blocks_family:
+            raise ValueError(
+                f"the last block must be of the family {blocks_family.__name__}, as those that "
+                f"skip, got {last.__name__}"
+            )
+        blocks_family = last
+        check_hooks(f"layer {len(blocks)}", blocks[-1], last.passed_by(blocks[-1]))
+    return family, blocks_family
 
 
 def unpatch(model: nn.Module) -> nn.Module:

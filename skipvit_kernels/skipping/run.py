@@ -31,6 +31,7 @@ class Drop:
     Attributes:
         rejoin: whether what was dropped comes back at the end of the run.
         spread: whether a token comes back as each of the patches that it stands for, instead.
+        head: the model's final norm and pool, where their latent query says who stays.
     """
 
     drop_ratio: Fraction | Patches
@@ -40,6 +41,7 @@ class Drop:
     method: Method
     rejoin: bool
     spread: bool = False
+    head: tuple[Any, Any] | None = None
 
     def num_keep(self, num_tokens: int) -> int:
         return num_kept(num_tokens - self.num_prefix_tokens, self.drop_ratio)
@@ -48,8 +50,19 @@ class Drop:
         """Take the tokens out that go on, of a block after its attention."""
         prefix, num_keep = self.num_prefix_tokens, self.num_keep(attended.x.shape[1])
         alike = attended.x if self.match == "tokens" else attended.k
+        if self.method.sizes and attended.valid is not None:
+            raise ValueError(
+                'method must not be "merge" for images with padding, which would be merged too'
+            )
         scores = scorers.score(
-            self.scorer, family, attended, alike, num_keep, prefix, trained=self.method.weighs
+            self.scorer,
+            family,
+            attended,
+            alike,
+            num_keep,
+            prefix,
+            trained=self.method.weighs,
+            head=self.head,
         )
         if context.keep is not None:
             # NaN ranks above every number; what was NaN ranks below those that must stay.
@@ -229,6 +242,10 @@ class SkipBlock(nn.Module):
         chosen = methods.make(method, rejoin_update, "rejoin", rejoin)
         check_scorer(scorer, weighs=chosen.weighs)
         check_match(match, method, scorer)
+        if scorer == "latent":
+            raise ValueError(
+                'scorer must not be "latent" in a SkipBlock, which has no head: patch the model'
+            )
         open_ended = any(isinstance(b, SkipBlock) and not b.drop.rejoin for b in self.blocks)
         if rejoin and open_ended:
             raise ValueError(

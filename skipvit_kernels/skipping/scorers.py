@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,37 +22,60 @@ def score(
     num_prefix_tokens: int,
     *,
     trained: bool = False,
+    head: tuple[Any, Any] | None = None,
 ) -> Tensor:
     """Scores (B, n), or (B, H, n) to be averaged over the heads, of the patches of `attended`.
 
+    Padding has minus infinity: it stays only where an image has fewer patches than stay.
+
     Args:
         scorer: "cls": how much CLS attends to each patch (SkipViT section 2); "mean": how much the
-            mean of the patches' queries does, for models without CLS; "norm": the norms of the
-            keys; "similar": minus the largest cosine with a patch of odd position, and those
-            themselves stay, as in ToMe's bipartite matching (2210.09461, section 3.2); "random":
-            from torch's generator, as dropout draws.
+            mean of the patches' queries does, for models without CLS; "latent": how much the head's
+            latent query would, if it pooled here; "norm": the norms of the keys; "similar": minus
+            the largest cosine with a patch of odd position, and those themselves stay, as in ToMe's
+            bipartite matching (2210.09461, section 3.2); "random": from torch's generator, as
+            dropout draws.
         family: says which query a name stands for.
         attended: of the block that drops.
         alike: (B, N, C), or (B, H, N, D) to be averaged over the heads: by what patches are alike.
         num_keep: K, the patches that will stay.
         num_prefix_tokens: P, the leading tokens that are no patches.
         trained: whether q and k get a gradient through the scores.
+        head: the model's final norm and the pool behind it, for "latent".
 
     Raises:
         ValueError: with "similar", where more than half of the patches are to leave.
     """
-    _, q, k, scale = attended
-    if scorer == "random":
-        return torch.rand(k.shape[0], k.shape[2] - num_prefix_tokens, device=k.device)
-    if scorer == "similar":
-        return _redundancy(alike.detach(), num_keep, num_prefix_tokens)
     if not trained:
-        q, k = q.detach(), k.detach()
-    if scorer == "norm":
-        return k[:, :, num_prefix_tokens:].float().norm(dim=-1)
-    query = family.query(scorer, q, num_prefix_tokens)
-    operator = trained_cls_scores if trained else cls_scores
-    return operator(query, k, scale=scale, num_prefix_tokens=num_prefix_tokens)
+        tensors: dict[str, Any] = {
+            n: t for n, t in attended._asdict().items() if isinstance(t, Tensor)
+        }
+        attended = attended._replace(**{name: t.detach() for name, t in tensors.items()})
+    k, prefix = attended.k, num_prefix_tokens
+    if scorer == "random":
+        scores = torch.rand(k.shape[0], k.shape[2] - prefix, device=k.device)
+    elif scorer == "norm":
+        scores = k[:, :, prefix:].float().norm(dim=-1)
+    elif scorer == "similar":
+        scores = _redundancy(alike.detach(), num_keep, prefix)
+    else:
+        q, k, scale, bias = family.look(scorer, attended, prefix, head)
+        if bias is not None:
+            # One more channel, in which the query is 1: one operator scores with a bias or without.
+            bias = (bias / scale).to(k.dtype).expand(k.shape[:3])
+            q, k = F.pad(q, (0, 1), value=1.0), torch.cat([k, bias[..., None]], dim=-1)
+        operator = functools.partial(
+            trained_cls_scores if trained else cls_scores, scale=scale, num_prefix_tokens=prefix
+        )
+        if attended.contrast is None or scorer == "latent":
+            scores = operator(q, k)
+        else:
+            maps = [operator(*half) for half in zip(q.chunk(2, 1), k.chunk(2, 1), strict=True)]
+            scores = maps[0] - attended.contrast * maps[1]
+    if attended.valid is not None:
+        padding = ~attended.valid[:, prefix:]
+        scores = scores.masked_fill(padding if scores.dim() == 2 else padding[:, None], -torch.inf)
+    return scores
 
 
 def _redundancy(alike: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
@@ -66,6 +92,5 @@ def _redundancy(alike: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
     if num_patches < 2:
         return even.new_zeros(even.shape[:2])
     scores = -(even @ odd.transpose(1, 2)).amax(dim=2)
-    return torch.stack([scores, torch.full_like(scores, torch.inf)], dim=2).flatten(1)[
-        :, :num_patches
-    ]
+    both = torch.stack([scores, torch.full_like(scores, torch.inf)], dim=2)
+    return both.flatten(1)[:, :num_patches]

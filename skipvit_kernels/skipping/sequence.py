@@ -27,7 +27,7 @@ class Skipping(nn.Module):
     a forward computes is kept.
     """
 
-    family: type[Family]
+    family: type[Family]  # of the blocks
     config: SkipConfig
     drops: dict[int, Drop]  # by layer
     num_prefix_tokens: int
@@ -130,6 +130,13 @@ class SkipModuleList(Skipping, nn.ModuleList):
         return nn.ModuleList(blocks) if isinstance(idx, slice) else blocks
 
 
+class SkipLooped(Skipping, nn.Sequential):
+    """Blocks in an nn.Sequential that the model calls itself, one by one, nevertheless."""
+
+    __iter__ = SkipModuleList.__iter__
+    __getitem__ = SkipModuleList.__getitem__
+
+
 class _Part(nn.Module):
     """Layers of a patched model as one module, for as long as a step takes."""
 
@@ -154,9 +161,9 @@ class _Turn:
     ) -> None:
         self.told, self.run, self.given, self.at = told, run, given, at
 
-    def __call__(self, x: Tensor, **arguments: Any) -> Tensor:
+    def __call__(self, x: Tensor, *positional: Any, **arguments: Any) -> Tensor:
         given = self.given
-        given[self.at] = arguments
+        given[self.at] = _by_name(self.run[self.at], positional, arguments)
         if self.at < len(self.run) - 1:
             return x
         first = given[0]
@@ -168,6 +175,13 @@ class _Turn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.run[self.at].block, name)
+
+
+def _by_name(
+    layer: Layer, positional: tuple[Any, ...], arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """What a model gives a block beside the tokens."""
+    return dict(zip(layer.family.positional, positional, strict=False)) | arguments
 
 
 class Tapped:
@@ -240,8 +254,8 @@ class _Tap:
     def __init__(self, run: _TappedRun, layer: Layer) -> None:
         self.run, self.layer = run, layer
 
-    def __call__(self, x: Tensor, **arguments: Any) -> Tensor:
-        return self.run.step(self.layer, x, arguments)
+    def __call__(self, x: Tensor, *positional: Any, **arguments: Any) -> Tensor:
+        return self.run.step(self.layer, x, _by_name(self.layer, positional, arguments))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer.block, name)

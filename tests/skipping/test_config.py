@@ -178,8 +178,10 @@ def test_configs_are_values():
         config.rejoin_at = 12
 
 
-OPTIONS = 'options must be "mean", "cls", "score=random", "match=keys" or "warmup=15", got '
-SCORERS = 'scorer must be one of "cls", "mean", "norm", "similar", "random", got '
+OPTIONS = (
+    'options must be "mean", "merge", "cls", "score=random", "match=keys" or "warmup=15", got '
+)
+SCORERS = 'scorer must be one of "cls", "mean", "latent", "norm", "similar", "random", got '
 BAD_NOTATIONS = {
     "6(120%)": "ratios must lie between 0% and 100%, got 120% in '6(120%)'",
     "6(-5%)": "ratios must lie between 0% and 100%, got -5% in '6(-5%)'",
@@ -200,7 +202,7 @@ BAD_NOTATIONS = {
     "6(55%)+11:score=luck": SCORERS + "'luck'",
     "6(55%)+11:warmup=": "options must be",
     "6(55%)+fuzed": "rejoin must be a layer or \"end\" or \"fused\", got 'fuzed' in '6(55%)+fuzed'",
-    "6(55%)+fused:score=norm": 'scorer must be "cls" or "mean", attention weights, where scores',
+    "6(55%)+fused:score=norm": 'scorer must be "cls" or "mean" or "latent", attention weights',
     "9-4(13p)+12": "a range of layers must ascend, got 9-4 in '9-4(13p)+12'",
     "4-9(13p,13p)+12": "drop_at and drop_ratio must have the same length, got 6 layers and 2",
     "6(1.5p)+11": "ratios must read like \"55%\" or \"13p\", got '1.5p' in '6(1.5p)+11'",
@@ -225,8 +227,8 @@ def test_bad_fields_raise_by_name():
         sk.SkipConfig(6, 1.2, 11)
     with pytest.raises(ValueError, match=r"drop_ratio must be a number in .* got 'lots'"):
         sk.SkipConfig(6, "lots", 11)
-    with pytest.raises(ValueError, match='method must be "fuse" or "skip", got \'merge\''):
-        sk.SkipConfig(6, 0.5, method="merge")
+    with pytest.raises(ValueError, match='method must be "fuse" or "merge" or "skip", got .blend.'):
+        sk.SkipConfig(6, 0.5, method="blend")
     with pytest.raises(ValueError, match='rejoin_update must be "none" or "mean", got \'max\''):
         sk.SkipConfig(6, 0.5, 11, rejoin_update="max")
     with pytest.raises(ValueError, match=r'rejoin_at must be None with method "fuse".* got 11'):

@@ -529,21 +529,11 @@ def test_a_failing_context_stops_the_recording(images):
 
 
 def refusals():
-    rope = (
-        timm.create_model("vit_small_patch16_rope_224", depth=2)
-        if timm.is_model("vit_small_patch16_rope_224")
-        else timm.create_model("eva02_tiny_patch14_224", depth=2)
-    )
     return {
         "Swin": (
             timm.create_model("swin_tiny_patch4_window7_224"),
             "6(55%)+11",
-            "model must be a timm VisionTransformer, got SwinTransformer",
-        ),
-        "RoPE": (
-            rope,
-            "1(55%)+2",
-            f"model must be a timm VisionTransformer, got {type(rope).__name__}",
+            "model must be a timm VisionTransformer, VisionTransformerDistilled, Eva, Beit, ",
         ),
         "CLS scores without CLS": (
             timm.create_model("vit_small_patch16_224", class_token=False, global_pool="avg"),
@@ -551,24 +541,13 @@ def refusals():
             'scorer must not be "cls" on a model without a CLS token, got a VisionTransformer '
             "(global_pool='avg'): \"mean\" suits it",
         ),
-        "parallel blocks": (
-            vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
-            "6(55%)+11",
-            "block 0 of the run must be a timm.models.vision_transform"
-            "er.Block, got timm.models.vision_transformer.ParallelScalingBlock",
-        ),
-        "post-norm blocks": (
-            vit(block_fn=timm.models.vision_transformer.ResPostBlock),
-            "6(55%)+11",
-            "block 0 of the run must be",
-        ),
         "13 of 12": (vit(), "13(55%)+14", "drop_at must be at most 12, the model's depth, got 13"),
         "rejoin at 13": (vit(), "6(55%)+13", "rejoin_at must be at most 12, the model's depth"),
         "notation": (vit(), "6(120%)", "ratios must lie between 0% and 100%, got 120%"),
         "wrapped": (
             nn.Sequential(vit()),
             "6(55%)+11",
-            "model must be a timm VisionTransformer, got Sequential",
+            "model must be a timm VisionTransformer, ",
         ),
     }
 

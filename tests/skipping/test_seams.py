@@ -1,7 +1,8 @@
 """The seam of families: one is a file and a row, and nothing else changes.
 
-`eva_family.py` teaches timm's Eva (RoPE, a ModuleList whose blocks the model calls itself), which
-then does all that the known ones do. A method is a file: `test_merge.py`.
+`toy_family.py` teaches a library of its own, which then does all that the known ones do. Eva stands
+for models that call their blocks themselves, with arguments that follow the tokens. A method is a
+file: `test_merge.py`.
 """
 
 import copy
@@ -11,21 +12,65 @@ import sys
 
 import pytest
 import torch
-from eva_family import Eva as EvaFamily
-from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva
 from torch import nn
+from toy_family import Ring
 
 import skipvit_kernels as sk
 from skipvit_kernels.skipping import families, floor
-from skipvit_kernels.skipping.config import num_kept
+from skipvit_kernels.skipping.families.eva import Eva as EvaFamily
 
-ROW = families.Row("eva_family.Eva", ("timm.models.eva.Eva",), ("timm.models.eva.EvaBlock",))
+ROW = families.Row("toy_family.RingFamily", ("toy_family.Ring",), ("toy_family.RingBlock",))
 
 
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
+@pytest.fixture
+def ring(monkeypatch):
     monkeypatch.setattr(families, "ROWS", [*families.ROWS, ROW])
+    torch.manual_seed(3)
+    return Ring().eval()
+
+
+def plain_ring(model, points, drop_at, keep, rejoin_at):
+    """One ring at a time; distances by the places of the tokens."""
+    outputs = []
+    for ring in points:
+        x, places = model.embed(ring.flatten(1).T), torch.arange(model.size)
+        full = x
+        for layer, block in enumerate(model.blocks, start=1):
+            if layer == rejoin_at:
+                x, places = full.clone().index_copy(0, places, x), torch.arange(model.size)
+            gap = (places[:, None] - places).abs()
+            logits = -torch.minimum(gap, model.size - gap).to(x)
+            y = block.norm(x)
+            q, (k, v) = block.q(y), block.kv(y).chunk(2, 1)
+            logits = logits + q @ k.T / 8
+            x = x + logits.softmax(-1) @ v
+            if layer == drop_at:
+                best = logits.mean(0).softmax(0).argsort(descending=True)[:keep].sort().values
+                full, x, places = x, x[best], best
+            x = x + block.mlp(x)
+        outputs.append(x.mean(0))
+    return torch.stack(outputs)
+
+
+def test_a_family_is_a_file_and_a_row(ring):
+    points = torch.randn(3, 3, 1, 24)
+    assert sk.verify(ring, "2(50%)+5").max_difference < 1e-6
+    assert sk.ideal_speedup(ring, "2(50%)+5") > 1
+    ring, points = ring.double(), points.double()
+    expected = plain_ring(ring, points, 2, 12, 5)
+    wanted = torch.autograd.grad(expected.square().sum(), list(ring.parameters()))
+    got = sk.patch(ring, "2(50%)+5")(points)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    grads = torch.autograd.grad(got.square().sum(), list(ring.parameters()))
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-7, atol=1e-9)
+    sk.unpatch(ring)
+    with pytest.raises(ValueError, match="a ring does not fuse"):
+        sk.patch(ring, "2(50%)+fused")
+
+
+# --------------------------------------------------------------------------- blocks one by one
 
 
 def eva(**options):
@@ -67,68 +112,8 @@ def images():
     return torch.randn(3, 3, 48, 48)
 
 
-def plain_eva(model, images, config):
-    """SkipViT on Eva with attention maps, sorting and loops; one image at a time."""
-    x, rope = model._pos_embed(model.patch_embed(images))
-    x, prefix = model.norm_pre(x), model.num_prefix_tokens
-    away, places = [], torch.arange(x.shape[1] - prefix).expand(len(x), -1)
-    for layer, block in enumerate(model.blocks, start=1):
-        if layer == config.rejoin_at:
-            for full, index, old_places in reversed(away):
-                x, places = full.clone().scatter(1, index[..., None].expand_as(x), x), old_places
-        attn, y = block.attn, block.norm1(x)
-        own = rope[layer - 1] if model.rope_mixed else rope
-        own = torch.stack([own[..., at, :].expand(attn.num_heads, -1, -1) for at in places])
-        b, n, _ = y.shape
-        if attn.qkv is not None and getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-            qkv = nn.functional.linear(y, attn.qkv.weight, bias)
-        else:
-            qkv = attn.qkv(y)
-        q, k, v = qkv.reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        half = attn.rotate_half
-        q, k = (
-            torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], own, half)], 2)
-            for t in (q, k)
-        )
-        attention = (q @ k.transpose(-2, -1) * attn.scale).softmax(-1)
-        branch = attn.proj(attn.norm((attention @ v).transpose(1, 2).flatten(2)))
-        x = x + (branch if block.gamma_1 is None else block.gamma_1 * branch)
-        if layer in config.drop_at:
-            query = q[:, :, :1] if model.cls_token is not None else q.mean(2, keepdim=True)
-            row = (query @ k.transpose(-2, -1) * attn.scale).softmax(-1)
-            scores = row[:, :, 0, prefix:].mean(1)
-            keep = num_kept(n - prefix, config.drop_ratio[config.drop_at.index(layer)])
-            kept = scores.argsort(1, descending=True)[:, :keep].sort(1).values
-            index = torch.cat([torch.arange(prefix).expand(b, -1), kept + prefix], 1)
-            away.append((x, index, places))
-            x, places = torch.stack([x[i, index[i]] for i in range(b)]), places.gather(1, kept)
-        branch = block.mlp(block.norm2(x))
-        x = x + (branch if block.gamma_2 is None else block.gamma_2 * branch)
-    return model.forward_head(model.norm(x))
-
-
-@pytest.mark.parametrize("text", ["3(55%)+7", "2,4(30%,30%)+7", "3(55%)"])
-def test_a_new_family_is_skipped_exactly(model, images, text):
-    """In double; RoPE rows follow the patches, per layer where each has its own."""
-    model, images, config = model.double(), images.double(), sk.SkipConfig.parse(text)
-    try:
-        model(images)
-    except RuntimeError as error:
-        pytest.skip(f"this timm's own Eva lacks float64: {error}")
-    expected = plain_eva(model, images, config)
-    wanted = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
-    sk.patch(model, config)
-    got = model(images)
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
-    grads = torch.autograd.grad(got.square().sum(), list(model.parameters()))
-    for grad, want in zip(grads, wanted, strict=True):
-        torch.testing.assert_close(grad, want, rtol=1e-7, atol=1e-9)
-
-
 @pytest.mark.parametrize("text", ["3(55%)+7:mean", "2,4(30%,30%)+7:score=norm", "8(50%)"])
-def test_a_new_family_has_all_that_the_known_ones_have(model, images, text):
+def test_blocks_that_the_model_calls_have_all_that_a_run_has(model, images, text):
     dense, names = model(images), list(model.state_dict())
     blocks = list(model.blocks)
     report = sk.verify(model, text)
@@ -167,7 +152,7 @@ def seen_by_mlps(model, images):
     return [seen[at] for at in range(len(handles))]
 
 
-def test_a_new_family_compiles_to_one_graph(images):
+def test_they_compile_to_one_graph(images):
     model = sk.patch(EVAS["DINOv3"](), "3(55%)+7").train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     got, want = compiled(images), model(images)
@@ -183,9 +168,9 @@ def test_ways_around_blocks_that_the_model_calls_itself_are_refused(images):
 
 
 def test_a_family_that_does_not_know_an_argument_refuses_it(monkeypatch, images):
-    monkeypatch.setattr(EvaFamily, "narrow", staticmethod(families.Family.narrow))
+    monkeypatch.setattr(EvaFamily, "rows", ())
     model = sk.patch(EVAS["EVA02"](), "3(55%)+7")
-    with pytest.raises(ValueError, match="given the tokens alone, got also rope"):
+    with pytest.raises(ValueError, match="given the tokens, attn_mask alone, got also rope"):
         model(images)
 
 

@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from skipvit_kernels.skipping.families import refused
 from skipvit_kernels.skipping.families.base import Attended as Attended
 from skipvit_kernels.skipping.families.base import Context as Context
 from skipvit_kernels.skipping.families.base import Family as Family
 from skipvit_kernels.skipping.families.base import ViTShape as ViTShape
+from skipvit_kernels.skipping.families.base import check_hooks as check_hooks
+from skipvit_kernels.skipping.families.base import class_name
 
 
 class Row(NamedTuple):
@@ -24,11 +27,44 @@ class Row(NamedTuple):
     blocks: tuple[str, ...]
 
 
+_VIT = "timm.models.vision_transformer."
+_EVA = "timm.models.eva."
+_RELPOS = "timm.models.vision_transformer_relpos."
+_QWEN = "timm.models.qwen3_vit.Qwen3Vit"
+_DEEPSEEK = "timm.models.deepseek_vit.DeepseekVit"
+_GEMMA = "timm.models.gemma4_vit.Gemma4"
+
 ROWS = [
     Row(
         ".vit.ViT",
-        models=("timm.models.vision_transformer.VisionTransformer",),
-        blocks=("timm.models.vision_transformer.Block",),
+        models=(f"{_VIT}VisionTransformer", "timm.models.deit.VisionTransformerDistilled"),
+        blocks=(f"{_VIT}Block",),
+    ),
+    Row(".vit.PostNorm", models=(), blocks=(f"{_VIT}ResPostBlock",)),
+    Row(".vit.Twofold", models=(), blocks=(f"{_VIT}ParallelThingsBlock",)),
+    Row(
+        ".vit.SideBySide",
+        models=(),
+        blocks=(f"{_VIT}ParallelScalingBlock", f"{_VIT}DiffParallelScalingBlock"),
+    ),
+    Row(".eva.Eva", models=(f"{_EVA}Eva",), blocks=(f"{_EVA}EvaBlock",)),
+    Row(".eva.PostNorm", models=(), blocks=(f"{_EVA}EvaBlockPostNorm",)),
+    Row(".eva.Unmasked", models=(), blocks=(f"{_DEEPSEEK}Block",)),
+    Row(".relative.Beit", ("timm.models.beit.Beit",), ("timm.models.beit.Block",)),
+    Row(".relative.RelPos", (f"{_RELPOS}VisionTransformerRelPos",), (f"{_RELPOS}RelPosBlock",)),
+    Row(".relative.RelPosPostNorm", models=(), blocks=(f"{_RELPOS}ResPostRelPosBlock",)),
+    Row(".naflex.NaFlex", models=("timm.models.naflexvit.NaFlexVit",), blocks=()),
+    Row(
+        ".encoders.Encoder",
+        models=tuple(
+            f"{name}{kind}" for name in (_QWEN, _DEEPSEEK) for kind in ("Encoder", "Classifier")
+        ),
+        blocks=(),
+    ),
+    Row(
+        ".encoders.Gemma4",
+        models=(f"{_GEMMA}VitEncoder", f"{_GEMMA}VitClassifier"),
+        blocks=(f"{_GEMMA}Block",),
     ),
 ]
 
@@ -42,32 +78,43 @@ def of_class(kind: type) -> type[Family]:
     """The family of a class of models, or of the one that it derives from.
 
     Raises:
-        ValueError: where there is none, naming the class.
+        ValueError: where there is none, or a subclass has a forward of its own, naming the class.
     """
-    for base in kind.__mro__:
+    for place, base in enumerate(kind.__mro__):
         for row in ROWS:
-            if _name(base) in row.models:
+            if class_name(base) in row.models:
+                _check_overrides(kind, kind.__mro__[:place], base)
                 return _load(row)
-    known = " or ".join(name.rpartition(".")[2] for row in ROWS for name in row.models)
+    known = ", ".join(name.rpartition(".")[2] for row in ROWS for name in row.models)
+    reason = next((why for base in kind.__mro__ if (why := refused.reason(base))), None)
     raise ValueError(
-        f"model must be a timm {known}, got {kind.__name__}: its blocks are not known to "
-        "run on a subset of the tokens (patch a model before DDP or torch.compile wraps it)"
+        f"model must be a timm {known}, got {kind.__name__}: "
+        + (reason or "its blocks are not known to run on a subset of the tokens")
+        + ("" if reason else " (patch a model before DDP or torch.compile wraps it)")
     )
 
 
 def of_block(block: Any, what: str = "block") -> type[Family]:
     """The family of a block, by its very class: another forward is not known. Raises as `of`."""
     for row in ROWS:
-        if _name(type(block)) in row.blocks:
+        if class_name(type(block)) in row.blocks:
             return _load(row)
-    known = " or ".join(name for row in ROWS for name in row.blocks)
-    raise ValueError(f"{what} must be a {known}, got {_name(type(block))}")
+    known = ", ".join(name.removeprefix("timm.models.") for row in ROWS for name in row.blocks)
+    raise ValueError(f"{what} must be one of timm's {known}, got {class_name(type(block))}")
+
+
+def _check_overrides(kind: type, derived: tuple[type, ...], base: type) -> None:
+    """A class between the model's and the known one must leave the way through the blocks alone."""
+    for each in derived:
+        own = {"forward", "forward_features"} & vars(each).keys()
+        if own and not each.__module__.startswith(__package__.rpartition(".")[0]):
+            raise ValueError(
+                f"model must run its blocks as {base.__name__} does, got {kind.__name__}, whose "
+                f"{each.__name__} overrides {' and '.join(sorted(own))}: wrap runs of its blocks "
+                "in SkipBlock where it calls them"
+            )
 
 
 def _load(row: Row) -> type[Family]:
     module, _, name = row.family.rpartition(".")
     return getattr(importlib.import_module(module, __package__), name)
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
