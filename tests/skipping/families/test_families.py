@@ -166,6 +166,28 @@ def test_padding_is_dropped_first():
         prove(model, images, "2(30%)+4")  # 26 stay of 36, and the second image has 18
 
 
+def test_a_mask_given_with_the_images_follows_them():
+    """Of Eva, whose forward takes one: True where a key is seen, or what is added to its logits."""
+    model = tiny("vit_tiny_patch16_dinov3_qkvb")
+    images, prefix = images_for(model), model.num_prefix_tokens
+    seen = torch.ones(2, 1, 1, prefix + 36, dtype=torch.bool)
+    seen[1, ..., prefix + 9 : prefix + 27] = False
+    added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    dense = model(images, attn_mask=seen)
+    whole = seen.expand(-1, -1, prefix + 36, -1)
+    sk.patch(model, "2(50%)+4")
+    outputs = []
+    for mask in (seen, added, whole):
+        with sk.record_skips(model) as records:
+            outputs.append(model(images, attn_mask=mask))
+        assert records[0].kept()[1, prefix:].tolist() == seen[1, 0, 0, prefix:].tolist()
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-6)
+    sk.unpatch(model)
+    sk.patch(model, "2(0%)+4")
+    torch.testing.assert_close(model(images, attn_mask=seen), dense, rtol=1e-5, atol=1e-6)
+
+
 def forward_of(kind):
     return kind.forward.__code__.co_varnames
 
