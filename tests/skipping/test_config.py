@@ -227,7 +227,7 @@ def test_bad_fields_raise_by_name():
         sk.SkipConfig(6, 1.2, 11)
     with pytest.raises(ValueError, match=r"drop_ratio must be a number in .* got 'lots'"):
         sk.SkipConfig(6, "lots", 11)
-    with pytest.raises(ValueError, match=r'method must be "fuse" or "merge" or "skip", got .blend.'):
+    with pytest.raises(ValueError, match='method must be "fuse" or "merge" or "skip", got'):
         sk.SkipConfig(6, 0.5, method="blend")
     with pytest.raises(ValueError, match='rejoin_update must be "none" or "mean", got \'max\''):
         sk.SkipConfig(6, 0.5, 11, rejoin_update="max")

@@ -62,7 +62,7 @@ ROWS = [
         blocks=(),
     ),
     Row(
-        ".encoders.Gemma4",
+        ".gemma.Gemma4",
         models=(f"{_GEMMA}VitEncoder", f"{_GEMMA}VitClassifier"),
         blocks=(f"{_GEMMA}Block",),
     ),

@@ -503,6 +503,16 @@ def leading(
     return [q.transpose(1, 2), *kv.permute(2, 0, 3, 1, 4).unbind(0)]
 
 
+def reads_beside_cls(model: Any) -> str | None:
+    """`Family.reads_more` of a model whose `global_pool` says what its head reads."""
+    if model.global_pool == "token" and getattr(model, "attn_pool", None) is None:
+        return None
+    return (
+        'cls_only_last_block needs a head that reads CLS only, global_pool="token", got '
+        f"global_pool={model.global_pool!r}: it reads the other tokens of the last block too"
+    )
+
+
 def unsplittable(qkv: Any) -> str | None:
     """Why `leading` cannot stand for a call of this projection; None where it can."""
     if type(qkv) is nn.Linear and not num_hooks(qkv):

@@ -18,6 +18,7 @@ from skipvit_kernels.skipping.families.base import (
     check_parts,
     leading,
     logit_bias,
+    reads_beside_cls,
     unsplittable,
     valid_tokens,
 )
@@ -39,12 +40,7 @@ class Eva(Family):
 
     @staticmethod
     def reads_more(model: Any) -> str | None:
-        if model.global_pool == "token" and getattr(model, "attn_pool", None) is None:
-            return None
-        return (
-            'cls_only_last_block needs a head that reads CLS only, global_pool="token", got '
-            f"global_pool={model.global_pool!r}: it reads the other tokens of the last block too"
-        )
+        return reads_beside_cls(model)
 
     @staticmethod
     def check_block(block: Any, what: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.models import beit
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from skipvit_kernels.skipping.families.base import (
     check_hooks,
     check_parts,
     follow_pairs,
+    reads_beside_cls,
     size_bias,
     unsplittable,
 )
@@ -39,12 +41,7 @@ class Relative(Family):
 
     @staticmethod
     def reads_more(model: Any) -> str | None:
-        if model.global_pool == "token":
-            return None
-        return (
-            'cls_only_last_block needs a head that reads CLS only, global_pool="token", got '
-            f"global_pool={model.global_pool!r}: it reads the other tokens of the last block too"
-        )
+        return reads_beside_cls(model)
 
     @classmethod
     def check_block(cls, block: Any, what: str) -> None:
@@ -124,7 +121,7 @@ class Beit(Relative):
     def check_block(cls, block: Any, what: str) -> None:
         super().check_block(block, what)
         check_parts(what, block, _BLOCK_PARTS - {"ls1", "ls2"})
-        check_parts(f"attention of {what}", block.attn, _ATTENTION_PARTS)
+        check_parts(f"attention of {what}", block.attn, _ATTENTION_PARTS, beit.Attention)
 
     @staticmethod
     def own_bias(attn: Any) -> Tensor | None:

@@ -22,6 +22,7 @@ from skipvit_kernels.skipping.families.base import (
     logit_bias,
     multiplied,
     num_weights,
+    reads_beside_cls,
     unsplittable,
     valid_tokens,
 )
@@ -63,12 +64,7 @@ class ViT(Family):
 
     @staticmethod
     def reads_more(model: Any) -> str | None:
-        if model.global_pool == "token" and model.attn_pool is None:
-            return None
-        return (
-            'cls_only_last_block needs a head that reads CLS only, global_pool="token", got '
-            f"global_pool={model.global_pool!r}: it reads the other tokens of the last block too"
-        )
+        return reads_beside_cls(model)
 
     @classmethod
     def check_block(cls, block: Any, what: str) -> None:

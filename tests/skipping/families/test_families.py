@@ -126,6 +126,36 @@ def test_drops_for_good(by_kind):
                 sk.patch(model, "2(50%)")
 
 
+def test_taps_give_every_position(by_kind):
+    """As the unpatched model with nothing dropped; and what would rejoin there with half."""
+    tapped = 0
+    for key, model in by_kind.items():
+        if not hasattr(model, "forward_intermediates"):
+            continue
+        tapped += 1
+        model, images = copy.deepcopy(model), images_for(model)
+        options = dict(intermediates_only=True)
+        dense = model.forward_intermediates(images, **options)
+        same = model.forward_features(images) if hasattr(model, "forward_features") else None
+        sk.patch(model, "2(0%)+4")
+        for got, want in zip(model.forward_intermediates(images, **options), dense, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=str(key))
+        sk.unpatch(model)
+        if same is not None and not isinstance(same, dict):
+            assert torch.equal(model.forward_features(images), same)
+        taps = {}
+        for rejoin in ("3", "4"):
+            taps[rejoin] = sk.patch(model, f"2(50%)+{rejoin}").forward_intermediates(
+                images, **options
+            )
+            sk.unpatch(model)
+        # Behind layer 2 both show what comes back before layer 3.
+        assert torch.equal(taps["3"][1], taps["4"][1]) and torch.equal(taps["3"][0], dense[0])
+        assert not torch.equal(taps["3"][3], taps["4"][3])
+        assert "forward_intermediates" not in {n for m in model.modules() for n in vars(m)}
+    assert tapped >= 12
+
+
 def test_eager_attention(by_kind):
     """TIMM_FUSED_ATTN=0."""
     for model in by_kind.values():
@@ -164,6 +194,28 @@ def test_padding_is_dropped_first():
             sk.unpatch(model)
         prove(model, images, "2(50%)+4")
         prove(model, images, "2(30%)+4")  # 26 stay of 36, and the second image has 18
+
+
+def test_a_mask_given_with_the_images_follows_them():
+    """Of Eva, whose forward takes one: True where a key is seen, or what is added to its logits."""
+    model = tiny("vit_tiny_patch16_dinov3_qkvb")
+    images, prefix = images_for(model), model.num_prefix_tokens
+    seen = torch.ones(2, 1, 1, prefix + 36, dtype=torch.bool)
+    seen[1, ..., prefix + 9 : prefix + 27] = False
+    added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    dense = model(images, attn_mask=seen)
+    whole = seen.expand(-1, -1, prefix + 36, -1)
+    sk.patch(model, "2(50%)+4")
+    outputs = []
+    for mask in (seen, added, whole):
+        with sk.record_skips(model) as records:
+            outputs.append(model(images, attn_mask=mask))
+        assert records[0].kept()[1, prefix:].tolist() == seen[1, 0, 0, prefix:].tolist()
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-6)
+    sk.unpatch(model)
+    sk.patch(model, "2(0%)+4")
+    torch.testing.assert_close(model(images, attn_mask=seen), dense, rtol=1e-5, atol=1e-6)
 
 
 def forward_of(kind):
@@ -288,13 +340,3 @@ def test_what_a_model_cannot_do_is_refused():
     model = sk.patch(eva.eval(), "2(50%)+4")
     with pytest.raises(ValueError, match=r"blocks must be given .* alone, got also is_causal"):
         model(torch.randn(1, 3, 224, 224), is_causal=True)
-
-
-def test_the_encoder_inside_a_classifier_is_refused_its_taps():
-    if not timm.is_model("qwen3_vit_88m"):
-        pytest.skip("this timm has no Qwen3-VL encoders")
-    model = sk.patch(tiny("qwen3_vit_88m"), "2(50%)+4")
-    for owner in (model, model.encoder):
-        with pytest.raises(RuntimeError, match=r"2\(50%\)\+4 has dropped some"):
-            owner.forward_intermediates(images_for(model))
-    assert "forward_intermediates" not in vars(sk.unpatch(model).encoder)
