@@ -81,6 +81,13 @@ class Inputs:
         self.tokens_leaf = self.tokens.detach().requires_grad_()
         self.update = randn(batch, channels)
         self.grad = randn(batch, tokens, channels)
+        # Each row is like its owner and no other: every chain finds the same ones.
+        places = torch.arange(self.num_rows, device=device).expand(batch, -1)
+        owner = torch.rand(batch, tokens, generator=generator, device=device) * self.num_keep + 1
+        self.owner = owner.long().scatter_(1, self.index, places)
+        kinds = reference.gather_rows(randn(batch, self.num_rows, channels), self.owner)
+        self.features = kinds + randn(batch, tokens, channels) / 8
+        self.merged, self.merged_sizes = reference.merge_rows(self.x, self.owner, self.num_rows)
         self.grad_fused = randn(batch, self.num_rows + 1, channels)
 
     def rows(self, per_image: int) -> int:
@@ -249,5 +256,44 @@ CASES = {
         lambda i: i.rows(2 * i.num_tokens + i.num_rows),
         lambda i: 2 * i.num_tokens + i.num_rows,
         backward=True,
+    ),
+    "match_kept": Case(
+        lambda m: m.match_kept,
+        chains.naive_match_kept,
+        (chains.bmm_argmax,),
+        lambda i: (i.features, i.index),
+        lambda i: i.rows(i.num_tokens) + i.index_bytes,
+        lambda i: 8 * i.owner.numel(),
+        lambda i: i.num_tokens,
+    ),
+    "merge_rows": Case(
+        lambda m: m.merge_rows,
+        chains.naive_merge_rows,
+        (chains.index_add, chains.one_hot_bmm),
+        lambda i: (i.x, i.owner, i.num_rows),
+        lambda i: i.rows(i.num_tokens) + 8 * i.owner.numel(),
+        lambda i: i.rows(i.num_rows) + 4 * i.merged_sizes.numel(),
+        lambda i: i.num_tokens,
+        exact=False,
+    ),
+    "merge_rows_backward": Case(
+        lambda m: m.merge_rows_backward,
+        chains.naive_merge_rows_backward,
+        (chains.scaled_index_select,),
+        lambda i: (i.tokens, i.owner, None, i.merged_sizes),
+        lambda i: i.rows(i.num_rows) + 8 * i.owner.numel() + 4 * i.merged_sizes.numel(),
+        lambda i: i.rows(i.num_tokens),
+        lambda i: i.num_tokens,
+        exact=False,
+    ),
+    "restore_rows": Case(
+        lambda m: m.restore_rows,
+        chains.naive_restore_rows,
+        (chains.gain_index_select,),
+        lambda i: (i.x, i.merged, i.tokens, i.owner),
+        lambda i: i.rows(i.num_tokens + 2 * i.num_rows) + 8 * i.owner.numel(),
+        lambda i: i.rows(i.num_tokens),
+        lambda i: i.num_tokens + 2 * i.num_rows,
+        exact=False,
     ),
 }

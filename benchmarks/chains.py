@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -208,3 +209,73 @@ def index_fill(grad: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 def index_fill_update(grad: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_tokens = index_fill(grad, index)
     return grad_x, grad_tokens, grad_x.sum(1)
+
+
+# ---------------------------------------------------------------------------- match_kept
+
+
+def with_own_places(owner: Tensor, index: Tensor) -> Tensor:
+    return owner.scatter_(
+        1, index, torch.arange(index.shape[1], device=index.device).expand_as(index)
+    )
+
+
+def naive_match_kept(features: Tensor, index: Tensor) -> Tensor:
+    unit = F.normalize(features, dim=-1)
+    kept = unit.gather(1, expanded(index[:, 1:], unit))
+    return with_own_places((unit @ kept.transpose(1, 2)).argmax(-1) + 1, index)
+
+
+def bmm_argmax(features: Tensor, index: Tensor) -> Tensor:
+    kept = F.normalize(index_select(features, index[:, 1:]), dim=-1)
+    return with_own_places(torch.bmm(features, kept.transpose(1, 2)).argmax(-1) + 1, index)
+
+
+# ---------------------------------------------------------------------------- merge_rows
+
+
+def row_counts(owner: Tensor, num_rows: int) -> Tensor:
+    counts = torch.zeros(len(owner), num_rows, device=owner.device)
+    return counts.scatter_add_(1, owner, counts.new_ones(()).expand(owner.shape))
+
+
+def naive_merge_rows(x: Tensor, owner: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    zeros = x.new_zeros(x.shape[0], num_rows, x.shape[2])
+    mean = zeros.scatter_reduce(1, expanded(owner, x), x, "mean", include_self=False)
+    return mean, row_counts(owner, num_rows)
+
+
+def index_add(x: Tensor, owner: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    counts = row_counts(owner, num_rows)
+    total = torch.zeros(x.shape[0] * num_rows, x.shape[2], device=x.device)
+    total.index_add_(0, flat(owner, num_rows), rows(x).float())
+    mean = total.view(x.shape[0], num_rows, -1).div_(counts[..., None])
+    return mean.to(x.dtype), counts
+
+
+def one_hot_bmm(x: Tensor, owner: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    one_hot = x.new_zeros(x.shape[0], num_rows, x.shape[1]).scatter_(1, owner[:, None], 1)
+    counts = row_counts(owner, num_rows)
+    return torch.bmm(one_hot, x).div_(counts[..., None]), counts
+
+
+def naive_merge_rows_backward(
+    grad: Tensor, owner: Tensor, sizes: None, merged_sizes: Tensor
+) -> Tensor:
+    return (grad / merged_sizes[..., None].to(grad.dtype)).gather(1, expanded(owner, grad))
+
+
+def scaled_index_select(grad: Tensor, owner: Tensor, sizes: None, merged_sizes: Tensor) -> Tensor:
+    return index_select(grad / merged_sizes[..., None].to(grad.dtype), owner)
+
+
+# -------------------------------------------------------------------------- restore_rows
+
+
+def naive_restore_rows(x: Tensor, before: Tensor, after: Tensor, owner: Tensor) -> Tensor:
+    place = expanded(owner, x)
+    return x + after.gather(1, place) - before.gather(1, place)
+
+
+def gain_index_select(x: Tensor, before: Tensor, after: Tensor, owner: Tensor) -> Tensor:
+    return index_select(after - before, owner).add_(x)
