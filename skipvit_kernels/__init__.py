@@ -23,6 +23,7 @@ from skipvit_kernels.ops import (
     restore_rows,
     scatter_back,
 )
+from skipvit_kernels.ops.library import reference_operators
 from skipvit_kernels.skipping.config import SkipConfig
 from skipvit_kernels.skipping.cost import ViTShape, activations, ideal_speedup, macs
 from skipvit_kernels.skipping.patch import (
@@ -58,6 +59,7 @@ __all__ = [
     "merge_rows",
     "patch",
     "record_skips",
+    "reference_operators",
     "restore_rows",
     "scatter_back",
     "set_epoch",

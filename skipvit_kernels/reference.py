@@ -46,7 +46,9 @@ def select(scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
 
     Kept are the largest scores; among equal scores the lower position; NaN is the largest.
     """
-    order = head_mean(scores).sort(dim=-1, descending=True, stable=True).indices
+    # ONNX knows no sort that is told to be stable; its own puts the lower of equal positions first.
+    stable = {} if torch.compiler.is_exporting() else {"stable": True}
+    order = head_mean(scores).sort(dim=-1, descending=True, **stable).indices
     return order[:, :num_keep].sort(dim=-1).values, order[:, num_keep:].sort(dim=-1).values
 
 

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 LIBRARY = torch.library.Library("skipvit", "DEF")
 
 # The operators, each with its group: the file that holds it, here and among a backend's kernels.
 OPERATORS: dict[str, str] = {}
+_PLAIN: dict[Any, Callable[..., Any]] = {}
 
 
 @functools.cache
@@ -33,8 +35,17 @@ def _warn_of_fallback(name: str, device_type: str) -> None:
     )
 
 
-def operator(schema: str, spec: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator with the reference behind it; returns the overload."""
+def operator(
+    schema: str,
+    spec: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    graph: Callable[..., Any] | None = None,
+) -> Any:
+    """Define an operator with the reference behind it; returns the overload.
+
+    `graph` stands in for a reference that loops over positions under `reference_operators`.
+    """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -45,8 +56,37 @@ def operator(schema: str, spec: Callable[..., Any], fake: Callable[..., Any]) ->
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"skipvit::{name}", fake, lib=LIBRARY)
     OPERATORS[name] = fake.__module__.rpartition(".")[2]
-    return getattr(torch.ops.skipvit, name).default
+    overload = getattr(torch.ops.skipvit, name).default
+    _PLAIN[overload] = graph or spec
+    return overload
+
+
+class reference_operators(TorchFunctionMode):
+    """Run the operators as their plain-PyTorch references, for tracers and transforms.
+
+        with sk.reference_operators():
+            torch.onnx.export(model, (images,), "model.onnx", dynamo=True)
+
+    Inside, a graph holds standard operators only (ONNX knows no others), and every operator is
+    differentiated, batched and differentiated again as any other PyTorch code: torch.func.grad,
+    vmap, jvp, second derivatives. The same values, slower, and with more memory in a backward;
+    sums over merged rows are those of `scatter_add`, in any order on a GPU.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is wants_grad:
+            return False
+        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether an operator's own backward is needed."""
+    if has_torch_function(tensors):
+        return handle_torch_function(wants_grad, tensors, *tensors)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

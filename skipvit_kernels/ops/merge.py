@@ -19,10 +19,27 @@ def _match_kept_fake(features: Tensor, index: Tensor, *, num_prefix_tokens: int 
     return index.new_empty((features.shape[0], features.shape[-2]))
 
 
+def _match_kept_graph(features: Tensor, index: Tensor, *, num_prefix_tokens: int = 1) -> Tensor:
+    """All cosines in one product: equal ones may round apart, and the lowest place lose the tie."""
+    places = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    if index.shape[1] == num_prefix_tokens:
+        return places
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    if features.dim() == 4:
+        features = reference.head_mean(features)
+    kept = reference.gather_rows(features, index[:, num_prefix_tokens:])
+    norm = kept.square().sum(-1, keepdim=True).sqrt()
+    cosine = features @ torch.where(norm > 0, kept / norm, kept).transpose(1, 2)
+    # ONNX leaves open where NaN ranks.
+    cosine = cosine.masked_fill(cosine.isnan(), torch.inf)
+    return (cosine.argmax(-1) + num_prefix_tokens).scatter(1, index, places)
+
+
 _match_kept = operator(
     "match_kept(Tensor features, Tensor index, *, int num_prefix_tokens=1) -> Tensor",
     reference.match_kept,
     _match_kept_fake,
+    graph=_match_kept_graph,
 )
 
 
@@ -58,7 +75,7 @@ def match_kept(features: Tensor, index: Tensor, *, num_prefix_tokens: int = 1) -
             f"index must hold at least one kept patch behind {num_prefix_tokens} prefix tokens, "
             f"got shape {tuple(index.shape)} for {num_tokens} tokens"
         )
-    features = features.detach() if wants_grad(features) else features
+    features = features.detach() if features.requires_grad else features
     return _match_kept(features, index, num_prefix_tokens=num_prefix_tokens)
 
 
@@ -78,11 +95,26 @@ def _merge_rows_backward_fake(
     return grad.new_empty((grad.shape[0], owner.shape[1], grad.shape[2]))
 
 
+def _merge_rows_graph(
+    x: Tensor, owner: Tensor, num_rows: int, *, sizes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if sizes is None:
+        sizes = torch.ones(owner.shape, device=x.device)
+    merged_sizes = sizes.new_zeros(x.shape[0], num_rows).scatter_add(1, owner, sizes)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # Exactly 1 for a row alone.
+    weights = (sizes.to(dtype) / merged_sizes.to(dtype).gather(1, owner))[..., None]
+    tokens = x.new_zeros(x.shape[0], num_rows, x.shape[2], dtype=dtype)
+    tokens = tokens.scatter_add(1, owner[..., None].expand_as(x), weights * x.to(dtype))
+    return tokens.to(x.dtype), merged_sizes
+
+
 _merge_rows = operator(
     "merge_rows(Tensor x, Tensor owner, SymInt num_rows, *, Tensor? sizes=None)"
     " -> (Tensor, Tensor)",
     reference.merge_rows,
     _merge_rows_fake,
+    graph=_merge_rows_graph,
 )
 _merge_rows_backward = operator(
     "merge_rows_backward(Tensor grad, Tensor owner, Tensor? sizes, Tensor merged_sizes) -> Tensor",
@@ -141,7 +173,7 @@ def merge_rows(
         checks.shape("sizes", sizes, *owner.shape)
         checks.float32("sizes", sizes)
         checks.same_device("sizes", sizes, "x", x)
-        sizes = sizes.detach() if wants_grad(sizes) else sizes
+        sizes = sizes.detach() if sizes.requires_grad else sizes
     if wants_grad(x):
         return _MergeRows.apply(x, owner, num_rows, sizes)
     return _merge_rows(x, owner, num_rows, sizes=sizes)

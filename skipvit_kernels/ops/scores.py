@@ -56,7 +56,7 @@ def cls_scores(
     checks.same_dtype("k", k, "q", q)
     checks.same_device("k", k, "q", q)
     checks.count("num_prefix_tokens", num_prefix_tokens, k.shape[2])
-    if wants_grad(q, k):
+    if q.requires_grad or k.requires_grad:
         q, k = q.detach(), k.detach()
     return _cls_scores(q, k, scale=scale, num_prefix_tokens=num_prefix_tokens)
 
@@ -91,4 +91,6 @@ def trained_cls_scores(
     q: Tensor, k: Tensor, *, scale: float | None = None, num_prefix_tokens: int = 1
 ) -> Tensor:
     """`cls_scores` with a gradient to q and k: EViT trains them through the fused token."""
-    return _TrainedClsScores.apply(q, k, scale, num_prefix_tokens)
+    if wants_grad(q, k):
+        return _TrainedClsScores.apply(q, k, scale, num_prefix_tokens)
+    return _cls_scores(q, k, scale=scale, num_prefix_tokens=num_prefix_tokens)

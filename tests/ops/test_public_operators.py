@@ -16,14 +16,23 @@ from skipvit_kernels import ops, reference
 DOUBLE = torch.float64
 
 
-@pytest.fixture(params=["kernel", "reference"])
+@pytest.fixture(params=["kernel", "reference", "differentiated reference"])
 def route(request, monkeypatch):
     """The public functions over the C++ kernels, and over the plain PyTorch behind them."""
     if request.param == "kernel":
         reason = sk.backends.cpu.unavailable_reason()
         if reason:
             pytest.skip(f"lacks the C++ kernels: {reason}")
+    elif request.param == "differentiated reference":
+        with sk.reference_operators():
+            yield
         return
+    else:
+        use_references(monkeypatch)
+    yield
+
+
+def use_references(monkeypatch):
     for name, group in ops.OPERATORS.items():
         module = importlib.import_module(f"skipvit_kernels.ops.{group}")
         monkeypatch.setattr(module, f"_{name}", getattr(reference, name))
