@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from skipvit_kernels.skipping import cls_only, families
 from skipvit_kernels.skipping.config import SkipConfig, num_kept
 from skipvit_kernels.skipping.families import Family, check_hooks
-from skipvit_kernels.skipping.run import Drop, check_blocks
+from skipvit_kernels.skipping.run import Drop, Inside, check_blocks
 from skipvit_kernels.skipping.sequence import (
     SkipLooped,
     SkipModuleList,
@@ -256,7 +256,7 @@ def keep_patches(model: nn.Module, mask: Tensor) -> Iterator[None]:
             blocks.keep = keep
 
 
-class _DirectCall:
+class _DirectCall(Inside):
     """Refuse a block that drops, or a CLS-only last one, outside the patched `model.blocks`.
 
     Attention masks make timm loop over the blocks themselves: they would run without skipping, and

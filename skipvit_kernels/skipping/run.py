@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -165,14 +165,16 @@ def run_layer(
     """
     family, block, context = layer.family, layer.block, contexts[layer.context]
     if layer.drop is not None:
-        # Keys and scores end with this call: they would be held through the run.
-        stage = _drop(x, layer, layer.drop, contexts)
+        x, stage = _drop(x, layer, layer.drop, contexts)
         contexts = [stage.narrow(context) for context in contexts]
-        x = family.feed(block, stage.left.tokens)
         if layer.drop.rejoin or layer.drop.spread or keep_all:
             stages.append(stage)
-    elif layer.num_rows is not None:
-        x = family.feed(block, family.attend_rows(block, x, context, layer.num_rows))
+    elif (num_rows := layer.num_rows) is not None:
+
+        def forward(x: Tensor) -> Tensor:
+            return family.feed(block, family.attend_rows(block, x, context, num_rows))
+
+        x = _call(block, forward, x)
     else:
         x = family.call(block, x, context)
     for _ in range(layer.ends):
@@ -181,11 +183,37 @@ def run_layer(
     return x, contexts
 
 
-def _drop(x: Tensor, layer: Layer, drop: Drop, contexts: list[Context]) -> Stage:
+def _drop(x: Tensor, layer: Layer, drop: Drop, contexts: list[Context]) -> tuple[Tensor, Stage]:
+    stages: list[Stage] = []
+
+    def forward(x: Tensor) -> Tensor:
+        # Keys and scores end with this call: they would be held through the run.
+        stages.append(_reduce(x, layer, drop, contexts))
+        return layer.family.feed(layer.block, stages[0].left.tokens)
+
+    return _call(layer.block, forward, x), stages[0]
+
+
+def _reduce(x: Tensor, layer: Layer, drop: Drop, contexts: list[Context]) -> Stage:
     context = contexts[layer.context]
     attended = layer.family.attend(layer.block, x, context)
     left = drop.reduce(layer.family, attended, context)
     return Stage(layer, drop, attended.x, left, contexts)
+
+
+def _call(block: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """forward(x) as what the block does when it is called: hooks on it fire, as FSDP's must."""
+    before = {key: h for key, h in block._forward_pre_hooks.items() if not isinstance(h, Inside)}
+    if not (before or block._forward_hooks or block._backward_pre_hooks or block._backward_hooks):
+        return forward(x)
+    # The block's own forward stays: another thread may be in it.
+    view = object.__new__(type(block))
+    vars(view).update(vars(block), forward=forward, _forward_pre_hooks=before)
+    return view(x)
+
+
+class Inside:
+    """A pre-hook of blocks that may only be called as `_call` does."""
 
 
 class SkipBlock(nn.Module):
