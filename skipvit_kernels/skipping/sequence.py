@@ -67,9 +67,20 @@ class Skipping(nn.Module):
 
         Also when it is recomputed in a backward, outside of `keep_patches`.
         """
+        if torch.jit.is_tracing():
+            self._refuse_torchscript()
         dropping = self.dropping
         keep, recorder = (self.keep, self.recorder) if dropping else (None, None)
         return functools.partial(_context, self.config, self.num_prefix_tokens, keep, recorder)
+
+    def _refuse_torchscript(self) -> None:
+        raise RuntimeError(
+            "TorchScript (torch.jit, torch.onnx.export with dynamo=False) cannot hold a patched "
+            f"model ({self.config}): use torch.export, or torch.onnx.export with dynamo=True "
+            "inside sk.reference_operators()"
+        )
+
+    __prepare_scriptable__ = _refuse_torchscript  # what torch.jit.script calls first
 
 
 def _context(
