@@ -255,8 +255,8 @@ class Family:
 
     @staticmethod
     def passed_by(block: Any) -> list[nn.Module]:
-        """Modules whose own call a drop does not make, so that their hooks would not fire."""
-        return [block, block.attn]
+        """Modules inside whose own call a drop does not make, so that hooks would not fire."""
+        return [block.attn]
 
     @staticmethod
     def weights(block: Any) -> tuple[int, int, int]:

@@ -57,7 +57,7 @@ class Gemma4(Encoder):
 
     @staticmethod
     def passed_by(block: Any) -> list[Any]:
-        return [block]
+        return []
 
     @staticmethod
     def weights(block: Any) -> tuple[int, int, int]:

@@ -46,7 +46,7 @@ class Relative(Family):
     @classmethod
     def check_block(cls, block: Any, what: str) -> None:
         # Not in the layers that drop alone: `call` runs the parts wherever patches are away.
-        check_hooks(what, block, cls.passed_by(block))
+        check_hooks(what, block, [block, block.attn])
 
     @staticmethod
     def needs_whole(block: Any) -> str | None:

@@ -137,7 +137,7 @@ class Twofold(ViT):
 
     @staticmethod
     def passed_by(block: Any) -> list[nn.Module]:
-        return [block, *block.attns, *(branch.attn for branch in block.attns)]
+        return [*block.attns, *(branch.attn for branch in block.attns)]
 
     @staticmethod
     def weights(block: Any) -> tuple[int, int, int]:
@@ -177,7 +177,7 @@ class SideBySide(Family):
 
     @staticmethod
     def passed_by(block: Any) -> list[nn.Module]:
-        return [block]
+        return []
 
     @staticmethod
     def weights(block: Any) -> tuple[int, int, int]:

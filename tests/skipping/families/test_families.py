@@ -320,9 +320,8 @@ def test_hooks_that_would_not_fire_are_refused():
             model.blocks[3].register_forward_hook(lambda *_: None)
             refused(model, "3(50%)", "block 1 of the run, a Block, must have no hooks, got 1")
             continue
-        model.blocks[0].register_full_backward_hook(lambda *_: None)
-        refused(model, "1(50%)+4", "layer 1, a .*Block, must have no hooks, got 1: .* not fire")
-        sk.patch(model, "3(50%)+4")
+        model.blocks[2].register_full_backward_hook(lambda *_: None)
+        sk.patch(model, "3(50%)+4")  # a block's own hooks do fire: tests/skipping/ways
 
 
 def test_what_a_model_cannot_do_is_refused():
