@@ -80,8 +80,11 @@ def score(
 
 def _redundancy(alike: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
     """(B, n): minus the largest cosine with a patch of odd position; infinite for those."""
-    alike = alike.float() if alike.dim() == 3 else alike.mean(dim=1, dtype=torch.float32)
-    alike = F.normalize(alike[:, num_prefix_tokens:], dim=-1)
+    # The sum over the heads has the mean's direction. Head by head: of keys as a block has them, one
+    # projection's, torch's reduction takes 1.1 ms where this takes 0.1 (32 images, 150 tokens).
+    heads = alike[:, None] if alike.dim() == 3 else alike
+    alike = functools.reduce(torch.add, heads[:, :, num_prefix_tokens:].float().unbind(1))
+    alike = F.normalize(alike, dim=-1)
     num_patches = alike.shape[1]
     if num_keep < num_patches // 2:
         raise ValueError(
