@@ -49,7 +49,8 @@ class Drop:
     def reduce(self, family: type[Family], attended: Attended, context: Context) -> Reduced:
         """Take the tokens out that go on, of a block after its attention."""
         prefix, num_keep = self.num_prefix_tokens, self.num_keep(attended.x.shape[1])
-        alike = attended.x if self.match == "tokens" else attended.k
+        keys = self.match == "keys"
+        alike = attended.k.transpose(1, 2).flatten(2) if keys else attended.x
         if self.method.sizes and attended.valid is not None:
             raise ValueError(
                 'method must not be "merge" for images with padding, which would be merged too'

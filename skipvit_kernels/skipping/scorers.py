@@ -37,7 +37,7 @@ def score(
             dropout draws.
         family: says which query a name stands for.
         attended: of the block that drops.
-        alike: (B, N, C), or (B, H, N, D) to be averaged over the heads: by what patches are alike.
+        alike: (B, N, C) by what patches are alike.
         num_keep: K, the patches that will stay.
         num_prefix_tokens: P, the leading tokens that are no patches.
         trained: whether q and k get a gradient through the scores.
@@ -80,11 +80,7 @@ def score(
 
 def _redundancy(alike: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
     """(B, n): minus the largest cosine with a patch of odd position; infinite for those."""
-    # The sum over the heads has the mean's direction. Head by head: of keys as a block has them, one
-    # projection's, torch's reduction takes 1.1 ms where this takes 0.1 (32 images, 150 tokens).
-    heads = alike[:, None] if alike.dim() == 3 else alike
-    alike = functools.reduce(torch.add, heads[:, :, num_prefix_tokens:].float().unbind(1))
-    alike = F.normalize(alike, dim=-1)
+    alike = F.normalize(alike[:, num_prefix_tokens:].float(), dim=-1)
     num_patches = alike.shape[1]
     if num_keep < num_patches // 2:
         raise ValueError(

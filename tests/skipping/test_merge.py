@@ -49,7 +49,7 @@ def merged_plainly(model, images, config):
             attention = (logits + sizes.log().to(x)).softmax(-1)
             x = x + block.ls1(attn.proj((attention @ v).transpose(0, 1).flatten(1)))
             if layer in config.drop_at:
-                alike = x if config.match == "tokens" else k.mean(0)
+                alike = x if config.match == "tokens" else k.transpose(0, 1).flatten(1)
                 cosine = nn.functional.cosine_similarity(alike[:, None], alike[None], dim=-1)
                 if config.scorer == "similar":
                     likest = cosine[prefix:, prefix:][:, 1::2].amax(1)
@@ -173,7 +173,7 @@ def test_records_say_which_patch_went_to_which(images):
     keys = {}
     for at in (2, 4):
         model.blocks[at - 1].attn.k_norm.register_forward_hook(
-            lambda _, args, out, at=at: keys.__setitem__(at, out.mean(1))
+            lambda _, args, out, at=at: keys.__setitem__(at, out.transpose(1, 2).flatten(2))
         )
     with sk.record_skips(model) as records:
         model(images)

@@ -17,7 +17,7 @@ class Candidates(NamedTuple):
 
     Attributes:
         x: (B, N, C) tokens after the attention's residual.
-        alike: by what two tokens are alike: (B, N, C) tokens, or (B, H, N, D) keys.
+        alike: (B, N, C) by what two tokens are alike.
         scores: (B, n), or (B, H, n) to be averaged over the heads.
         num_keep: K, the patches that stay.
         num_prefix_tokens: P, the leading tokens that always do.
