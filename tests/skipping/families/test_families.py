@@ -272,6 +272,24 @@ def test_a_merged_tokens_key_counts_as_often_as_it_has_patches(by_kind):
         assert key
 
 
+def test_every_kind_of_block_merges(by_kind):
+    """Two merges, restored: nothing changes at a ratio of 0, and every patch has an owner."""
+    for key, model in by_kind.items():
+        model, images = copy.deepcopy(model), images_for(model)
+        report = sk.verify(model, "1,2(30%,30%)+4:merge", images=images)
+        assert report.max_difference <= report.tolerance, key
+        dense, prefix = model(images), families.of(model).num_prefix_tokens(model)
+        sk.patch(model, "1,2(30%,30%)+4:merge")
+        with sk.record_skips(model) as records:
+            got = model(images)
+        for drop in (0, 1):
+            owner = records[0].owner(drop)
+            assert records[0].kept(drop).gather(1, owner).all(), key
+            assert (owner[:, prefix:] >= prefix).all(), key
+        assert got.isfinite().all() and not torch.equal(got, dense), key
+        got.square().sum().backward()
+
+
 # --------------------------------------------------------------------------- what is refused
 
 
