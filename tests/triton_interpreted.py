@@ -5,8 +5,9 @@ raises, the gaps of strided views included: compiled for a GPU such a kernel wou
 somebody else's memory, where the interpreter stays silent.
 `accesses()` counts how often each element is read and written.
 
-The interpreter also rounds float32 to bfloat16 towards zero, where every GPU rounds to nearest even
-(Triton 3.6 to 3.9), and multiplies the bits of bfloat16 matrices; that is corrected here.
+The interpreter also rounds float32 to bfloat16 towards zero, where every GPU rounds to nearest
+even (Triton 3.6 to 3.9), multiplies matrices of bfloat16 as if their bits were integers, and others
+in an order that depends on the place in the result (Triton 3.9); all that is corrected here.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def install() -> None:
     assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
     builder = interpreter.InterpreterBuilder
     load, store, cast = builder.create_masked_load, builder.create_masked_store, builder.cast_impl
-    dot, run = builder.create_dot, interpreter.GridExecutor.__call__
+    run = interpreter.GridExecutor.__call__
 
     def masked_load(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
         if _current:
@@ -105,15 +106,14 @@ def install() -> None:
             return interpreter.TensorHandle(bits, tl.bfloat16)
         return cast(self, src, dst_type)
 
-    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
-        if a.dtype.scalar == tl.bfloat16:  # its bits are the upper half of float32's
-            a, b = (
-                interpreter.TensorHandle(
-                    (t.data.astype(np.uint32) << 16).view(np.float32), tl.float32
-                )
-                for t in (a, b)
-            )
-        return dot(self, a, b, *args)
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        def numbers(t: Any) -> Any:
+            if t.dtype.scalar == tl.bfloat16:  # its bits are the upper half of float32's
+                return (t.data.astype(np.uint32) << 16).view(np.float32)
+            return t.data.astype(d.data.dtype)
+
+        products = numbers(a)[:, :, None] * numbers(b)[None]
+        return interpreter.TensorHandle(products.sum(axis=1) + d.data, d.dtype.scalar)
 
     def execute(self: Any, *args: Any, **kwargs: Any) -> None:
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
