@@ -97,6 +97,48 @@ def test_the_fused_row_is_summed_in_float32():
     assert tokens[0, :, 0].tolist() == pytest.approx([5, 0.1 - 0.1001], rel=2**-8)
 
 
+def owners_by_loop(features, kept):
+    """Of one image, places of `kept` by cosine; the first of equal ones."""
+
+    def cosine(a, b):
+        norm = math.sqrt(sum(y * y for y in b))
+        return sum(x * y for x, y in zip(a, b, strict=True)) / norm
+
+    def owner(row):
+        cosines = [cosine(features[row], features[k]) for k in kept]
+        return cosines.index(max(cosines))
+
+    return [kept.index(row) if row in kept else owner(row) for row in range(len(features))]
+
+
+def test_rows_are_owned_by_the_kept_patch_most_like_them():
+    features = torch.randn(3, 2, 12, 5, dtype=torch.float64)
+    index = torch.tensor([[0, 1, 4, 7, 9], [0, 1, 2, 3, 11], [0, 1, 8, 10, 11]])
+    got = reference.match_kept(features, index, num_prefix_tokens=2)
+    for b in range(3):
+        mean = features[b].mean(0).tolist()
+        patches = owners_by_loop(mean, index[b, 2:].tolist())
+        want = [row if row < 2 else owner + 2 for row, owner in enumerate(patches)]
+        assert got[b].tolist() == want
+
+
+def test_merged_rows_are_means_by_size_and_come_back_with_what_they_gained():
+    x = torch.randn(1, 6, 2, dtype=torch.float64)
+    owner, sizes = (
+        torch.tensor([[0, 2, 1, 2, 2, 1]]),
+        torch.tensor([[1.0, 2.0, 1.0, 1.0, 4.0, 3.0]]),
+    )
+    tokens, merged = reference.merge_rows(x, owner, 3, sizes=sizes)
+    assert merged.tolist() == [[1, 4, 7]]
+    assert torch.equal(tokens[0, 0], x[0, 0])
+    assert torch.allclose(tokens[0, 1], (x[0, 2] + 3 * x[0, 5]) / 4)
+    assert torch.allclose(tokens[0, 2], (2 * x[0, 1] + x[0, 3] + 4 * x[0, 4]) / 7)
+    gain = torch.randn(1, 3, 2, dtype=torch.float64)
+    restored = reference.restore_rows(x, tokens, tokens + gain, owner)
+    assert torch.equal(restored[0, 0], (tokens + gain)[0, 0])
+    assert torch.allclose(restored[0, 1:], x[0, 1:] + gain[0, owner[0, 1:]])
+
+
 def test_every_result_is_contiguous():
     """As the fakes promise torch.compile, whatever the strides of the inputs."""
 
@@ -105,6 +147,7 @@ def test_every_result_is_contiguous():
 
     x, scores = strided(2, 6, 3), strided(2, 4, 5)
     tokens, index = reference.gather_topk(x, scores, 2)
+    owner = torch.tensor([[0, 1, 2], [2, 1, 0]]).repeat(1, 2)
     for result in (
         tokens,
         reference.cls_scores(strided(2, 4, 3), strided(2, 4, 6, 3)),
@@ -114,5 +157,10 @@ def test_every_result_is_contiguous():
         *reference.gather_topk_fuse_backward(strided(2, 4, 3), x, scores, index),
         reference.scatter_back(x, strided(2, 3, 3), index),
         *reference.scatter_back_backward(x, index, True),
+        reference.match_kept(x, index),
+        *reference.merge_rows(x, owner, 3, sizes=strided(2, 6)),
+        reference.merge_rows_backward(strided(2, 3, 3), owner, None, strided(2, 3)),
+        reference.restore_rows(x, strided(2, 3, 3), strided(2, 3, 3), owner),
+        *reference.restore_rows_backward(x, owner, 3),
     ):
         assert result.is_contiguous()
