@@ -118,8 +118,9 @@ def test_blocks_that_the_model_calls_have_all_that_a_run_has(model, images, text
     blocks = list(model.blocks)
     report = sk.verify(model, text)
     # Without CLS timm's tokens lie channel by channel until a gather, and a mean over them rounds
-    # by the layout.
-    assert report.identical or (model.cls_token is None and report.tolerance < 1e-5)
+    # by the layout; learned RoPE rows add their gradients layer by layer in another order.
+    assert report.train_difference < 1e-5
+    assert report.max_difference == 0 or (model.cls_token is None and report.tolerance < 1e-5)
     counts = sk.SkipConfig.parse(text).token_counts(8, 36, model.num_prefix_tokens)
     assert seen_by_mlps(floor.sliced(model, text), images) == [count.mlp for count in counts]
     sk.patch(model, text)
