@@ -237,7 +237,10 @@ def _check_counts(model: nn.Module, config: SkipConfig, counts: list[BlockTokens
     family = families.of(model)
     prefix, heads = family.num_prefix_tokens(model), family.num_head_tokens(model)
     expected = config.token_counts(len(counts), counts[0].attention - prefix, prefix, heads)
+    blocks: Any = family.blocks(model)
     for layer, (count, wanted) in enumerate(zip(counts, expected, strict=True), start=1):
+        if layer in config.drop_at and families.of_block(blocks[layer - 1]).side_by_side:
+            wanted = wanted._replace(mlp=wanted.attention)
         if count != wanted:
             raise RuntimeError(
                 f"{type(model).__name__} with {config} must work in layer {layer} on "

@@ -98,7 +98,7 @@ def _match_kept_kernel(
         b_first = tl.min(tl.where(b_key == b_top[:, None], o_r[None, :], num_rows), axis=1)
         b_owner = tl.where(b_top > b_largest, b_first, b_owner)
         b_largest = tl.maximum(b_top, b_largest)
-    b_own = rows_moved_to(index_ptr, o_b, o_n, num_tokens, num_rows, index_strides)
+    b_own = rows_moved_to(index_ptr, o_b, o_n, num_rows, index_strides)
     b_owner = tl.where(b_own >= 0, b_own, b_owner).to(tl.int64)
     tl.store(owner_ptr + o_b * num_tokens + o_n, b_owner, mask=m_n)
 

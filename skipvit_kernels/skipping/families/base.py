@@ -245,6 +245,8 @@ class Family:
     # patch (RoPE), or an entry for each pair of tokens (masks, biases).
     rows: tuple[str, ...] = ()
     pairs: tuple[str, ...] = ()
+    # Attention and MLP read the same tokens: patches leave behind the block.
+    side_by_side = False
     # The names of what a model gives its blocks by position, behind the tokens.
     positional: tuple[str, ...] = ()
 

@@ -168,6 +168,7 @@ class SideBySide(Family):
     """
 
     pairs = ("attn_mask",)
+    side_by_side = True
 
     @staticmethod
     def check_block(block: Any, what: str) -> None:

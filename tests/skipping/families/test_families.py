@@ -74,7 +74,8 @@ def test_every_name_is_patched_and_proved_or_refused_with_the_reason():
             report = sk.verify(model, "2(50%)+4", images=images_for(model))
             # Without prefix tokens some models' rows lie channel by channel until a gather, and a
             # norm or a mean over them rounds by the layout; else it is the same arithmetic.
-            assert report.identical or not families.of(model).num_prefix_tokens(model)
+            same = report.max_difference == 0
+            assert same or not families.of(model).num_prefix_tokens(model)
             prove(model, images_for(model), "2(50%)+4")
         except Exception as error:
             wrong[", ".join(each.name for each in group)] = f"{type(error).__name__}: {error}"
