@@ -369,7 +369,7 @@ def _pooled(head: Any, x: Tensor) -> tuple[Tensor, Tensor, float]:
     split = (pool.num_heads, pool.head_dim)
     q = pool.q(pool.latent).unflatten(2, split).transpose(1, 2).mean(2, keepdim=True)
     k = pool.kv(norm(x)).chunk(2, dim=2)[0].unflatten(2, split).transpose(1, 2)
-    return pool.q_norm(q)[:, :, 0].expand(len(x), -1, -1), pool.k_norm(k), pool.scale
+    return pool.q_norm(q)[:, :, 0].expand(x.shape[0], -1, -1), pool.k_norm(k), pool.scale
 
 
 # ---------------------------------------------------------------- what follows the tokens
@@ -382,7 +382,7 @@ def follow_rows(table: Tensor, index: Tensor, num_prefix_tokens: int) -> Tensor:
     """
     table = table[(None,) * (4 - table.dim())]
     heads = table.shape[1]
-    rows = table.transpose(1, 2).flatten(2).expand(len(index), -1, -1)
+    rows = table.transpose(1, 2).flatten(2).expand(index.shape[0], -1, -1)
     rows = gather_rows(rows, index[:, num_prefix_tokens:] - num_prefix_tokens)
     return rows.unflatten(2, (heads, -1)).transpose(1, 2)
 
@@ -396,7 +396,7 @@ def follow_pairs(pairs: Tensor, index: Tensor) -> Tensor:
         return follow_pairs(pairs.float(), index) > 0
     pairs = pairs[(None,) * (4 - pairs.dim())]
     _, heads, queries, _ = pairs.shape
-    keys = pairs.permute(0, 3, 1, 2).flatten(2).expand(len(index), -1, -1)
+    keys = pairs.permute(0, 3, 1, 2).flatten(2).expand(index.shape[0], -1, -1)
     keys = gather_rows(keys, index).unflatten(2, (heads, queries))
     if queries == 1:
         return keys.permute(0, 2, 3, 1)
