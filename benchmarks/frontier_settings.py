@@ -29,8 +29,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "merge in many layers": (
         *(f"4-11({r}p)+12:{REDUNDANT}" for r in (16, 20)),
         *(f"3-11({r}p)+12:{REDUNDANT}" for r in (17, 19, 20)),
-        *(f"1-11({r}p)+12:{REDUNDANT}" for r in (8, 13, 16, 17)),
-        f"1-9(18p)+12:{REDUNDANT}",
+        *(f"1-11({r}p)+12:{REDUNDANT}" for r in (8, 13, 16)),
+        *(f"{layers}+12:{REDUNDANT}" for layers in ("1-10(17p)", "1-9(18p)")),
     ),
     "merge, not restored": (
         "6(55%):merge",

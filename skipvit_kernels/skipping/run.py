@@ -263,7 +263,7 @@ class SkipBlock(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.family = check_blocks(self.blocks)
         scorer = scorer or ("cls" if num_prefix_tokens else "mean")
-        if num_prefix_tokens < (least := int(scorer == "cls")):
+        if num_prefix_tokens < (least := int(scorer in ("cls", "marginal"))):
             raise ValueError(
                 f'num_prefix_tokens must be at least {least} with scorer "{scorer}", '
                 f"got {num_prefix_tokens}"

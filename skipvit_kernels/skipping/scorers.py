@@ -33,8 +33,10 @@ def score(
             mean of the patches' queries does, for models without CLS; "latent": how much the head's
             latent query would, if it pooled here; "norm": the norms of the keys; "similar": minus
             the largest cosine with a patch of odd position, and those themselves stay, as in ToMe's
-            bipartite matching (2210.09461, section 3.2); "random": from torch's generator, as
-            dropout draws.
+            bipartite matching (2210.09461, section 3.2); "marginal": what CLS looks at and no other
+            patch says already, as maximal marginal relevance (Carbonell and Goldstein 1998): 0.05
+            times the log of its attention, minus the largest cosine with a patch that it looks at
+            more; "random": from torch's generator, as dropout draws.
         family: says which query a name stands for.
         attended: of the block that drops.
         alike: (B, N, C) by what patches are alike.
@@ -59,7 +61,8 @@ def score(
     elif scorer == "similar":
         scores = _redundancy(alike.detach(), num_keep, prefix)
     else:
-        q, k, scale, bias = family.look(scorer, attended, prefix, head)
+        looks = "cls" if scorer == "marginal" else scorer
+        q, k, scale, bias = family.look(looks, attended, prefix, head)
         if bias is not None:
             # One more channel, in which the query is 1: one operator scores with a bias or without.
             bias = (bias / scale).to(k.dtype).expand(k.shape[:3])
@@ -72,6 +75,8 @@ def score(
         else:
             maps = [operator(*half) for half in zip(q.chunk(2, 1), k.chunk(2, 1), strict=True)]
             scores = maps[0] - attended.contrast * maps[1]
+        if scorer == "marginal":
+            scores = _marginal(scores, alike.detach())
     if attended.valid is not None:
         padding = ~attended.valid[:, prefix:]
         scores = scores.masked_fill(padding if scores.dim() == 2 else padding[:, None], -torch.inf)
@@ -93,3 +98,15 @@ def _redundancy(alike: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
     scores = -(even @ odd.transpose(1, 2)).amax(dim=2)
     both = torch.stack([scores, torch.full_like(scores, torch.inf)], dim=2)
     return both.flatten(1)[:, :num_patches]
+
+
+def _marginal(attention: Tensor, alike: Tensor) -> Tensor:
+    """(B, n) from what CLS pays to each patch: less for those like one that it looks at more."""
+    num_patches = attention.shape[1]
+    if num_patches == 0:
+        return attention
+    alike = F.normalize(alike[:, -num_patches:].float(), dim=-1)
+    more = attention[:, None] > attention[:, :, None]
+    cosine = (alike @ alike.transpose(1, 2)).masked_fill(~more, -1).amax(dim=2)
+    # Differential attention may be negative.
+    return 0.05 * attention.clamp(min=1e-30).log() - cosine

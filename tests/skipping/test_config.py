@@ -181,7 +181,9 @@ def test_configs_are_values():
 OPTIONS = (
     'options must be "mean", "merge", "cls", "score=random", "match=keys" or "warmup=15", got '
 )
-SCORERS = 'scorer must be one of "cls", "mean", "latent", "norm", "similar", "random", got '
+SCORERS = (
+    'scorer must be one of "cls", "mean", "latent", "norm", "similar", "marginal", "random", got '
+)
 BAD_NOTATIONS = {
     "6(120%)": "ratios must lie between 0% and 100%, got 120% in '6(120%)'",
     "6(-5%)": "ratios must lie between 0% and 100%, got -5% in '6(-5%)'",

@@ -59,6 +59,10 @@ def merged_plainly(model, images, config):
                     query = q[:, 0] if model.cls_token is not None else q.mean(1)
                     row = (query[:, None] @ k.transpose(-2, -1) * attn.scale).softmax(-1)
                     scores = row.mean((0, 1))[prefix:]
+                if config.scorer == "marginal":
+                    more = scores[None] > scores[:, None]
+                    likest = torch.where(more, cosine[prefix:, prefix:], -1).amax(1)
+                    scores = 0.05 * scores.log() - likest
                 keep = num_kept(len(x) - prefix, config.drop_ratio[config.drop_at.index(layer)])
                 best = scores.argsort(descending=True, stable=True)[:keep].sort().values.tolist()
                 kept = [*range(prefix), *(prefix + at for at in best)]
@@ -95,6 +99,7 @@ AVERAGE = dict(class_token=False, global_pool="avg")
         ("3(55%)+7:merge", dict(reg_tokens=2, init_values=0.3, qk_norm=True)),
         ("2,4(30%,30%)+8:merge,cls", {}),
         ("2,4,6(20%,25%,30%)+8:merge,match=keys,cls", {}),
+        ("2,4(60%,20%)+8:merge,score=marginal,match=keys,cls", {}),
         ("3(55%):merge,cls", {}),
         ("3(55%):merge", {}),
         ("1-7(4p)+8:merge,score=similar,match=keys,cls", {}),

@@ -129,9 +129,9 @@ class Family:
         """Why this model cannot be patched so: argument, expected, got. None where it can."""
         kind = type(model).__name__
         pool = getattr(model, "global_pool", None)
-        if config.scorer == "cls" and not cls.has_cls(model):
+        if config.scorer in ("cls", "marginal") and not cls.has_cls(model):
             return (
-                'scorer must not be "cls" on a model without a CLS token, got a '
+                f'scorer must not be "{config.scorer}" on a model without a CLS token, got a '
                 f'{kind} (global_pool={pool!r}): "mean" suits it'
             )
         if config.scorer == "latent" and cls.latent(model) is None:
