@@ -63,7 +63,8 @@ test-sanitizers: $(INSTALLED)
 # On a machine with a GPU. cuBLAS needs the variable under the determinism that poisons outputs.
 test-gpu: $(INSTALLED)
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 SKIPVIT_REQUIRE=$(REQUIRE_GPU) $(BIN)/pytest \
-	  tests/ops/test_operators.py tests/backends/test_triton_gpu.py tests/backends/test_triton_aot.py -k triton
+	  tests/ops/test_operators.py tests/backends/test_triton_gpu.py tests/backends/test_triton_aot.py \
+	  tests/skipping/ways/test_gpu.py -k triton
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/pytest benchmarks/ --device cuda --benchmark-only \

@@ -1,5 +1,8 @@
-"""The families, the methods and the ways of running that docs/ways.md crosses; `python -m
-skipping.ways.matrix`, in tests/, writes that page, and test_ways.py holds every cell of it."""
+"""The families, the methods and the ways of running that docs/ways.md crosses.
+
+`PYTHONPATH=tests python -m skipping.ways.matrix` writes the matrix into the page; test_ways.py
+holds every cell of it.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,11 @@ from unittest import mock
 
 import timm
 import torch
+from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import func, nn
@@ -32,6 +38,13 @@ def vit(kind: type[nn.Module] = VisionTransformer, **options) -> nn.Module:
     return kind(**{**SIZES, **options})
 
 
+def naflex() -> nn.Module:
+    sizes = dict(patch_size=8, embed_dim=48, depth=4, num_heads=3, pos_embed_grid_size=(6, 6))
+    model = NaFlexVit(NaFlexVitCfg(**sizes, class_token=True, global_pool="token"), num_classes=7)
+    model.pretrained_cfg = {"input_size": (3, 48, 48)}
+    return model
+
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "ViT": vit,
     "ViT, no CLS, average": lambda: vit(class_token=False, global_pool="avg"),
@@ -45,6 +58,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         **dict(num_reg_tokens=4, init_values=0.3, use_abs_pos_emb=False, global_pool="token"),
         **dict(use_rot_pos_emb=True, rope_type="dinov3", rope_rotate_half=True),
     ),
+    "BEiT: relative bias": lambda: vit(Beit, use_shared_rel_pos_bias=True, init_values=0.3),
+    "ViT-relpos": lambda: vit(VisionTransformerRelPos),
+    "NaFlexViT": naflex,
 }
 
 METHODS = {
@@ -58,22 +74,41 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """What does not work, with the message that says so; "" stands for every one."""
+    """What does not work, the message that says so, and why; without names every one is meant."""
 
-    reason: str
+    message: str
+    why: str
     way: str = ""
-    family: str = ""
+    families: tuple[str, ...] = ()
     method: str = ""
 
     def meets(self, way: str, family: str, method: str) -> bool:
-        given = (self.way, way), (self.family, family), (self.method, method)
-        return all(mine in ("", other) for mine, other in given)
+        if self.families and family not in self.families:
+            return False
+        return self.way in ("", way) and self.method in ("", method)
 
 
+PLACED = ("DINOv3: RoPE, registers", "BEiT: relative bias", "ViT-relpos", "NaFlexViT")
 REFUSALS = [
-    Refusal("a fused token has no position", family="DINOv3: RoPE, registers", method="fuse"),
-    Refusal("Unexpected keyword arguments: rope", "reentrant", "DINOv3: RoPE, registers"),
-    Refusal("TorchScript (torch.jit, torch.onnx.export with dynamo=False) cannot", "TorchScript"),
+    Refusal(
+        "the fused token has no position",
+        "method fuse: the fused token has no position to rotate or bias it by",
+        families=PLACED,
+        method="fuse",
+    ),
+    Refusal(
+        "Unexpected keyword arguments",
+        "timm hands these blocks RoPE, bias or mask by keyword, which torch's reentrant checkpoint "
+        "does not take; the unpatched models are refused too",
+        "reentrant",
+        PLACED,
+    ),
+    Refusal(
+        "TorchScript (torch.jit, torch.onnx.export with dynamo=False) cannot hold a patched model",
+        "the number of tokens would be a tensor: torch.export and torch.onnx.export(dynamo=True) "
+        "take its place",
+        "TorchScript",
+    ),
 ]
 
 
@@ -159,13 +194,14 @@ def exported(family, method):
 
 
 def onnx(family, method):
-    """`torch.onnx.export(dynamo=True)` inside `sk.reference_operators()`, with a dynamic batch:
-    standard operators only, and eager's outputs in onnxruntime at two batch sizes"""
+    """`torch.onnx.export(dynamo=True)` inside `sk.reference_operators()` and `torch.no_grad()`,
+    with a dynamic batch: standard operators only, and eager's outputs in onnxruntime at two batch
+    sizes"""
     import onnxruntime
 
     model = build(family, method).eval()
     batch, file = torch.export.Dim("batch", min=1, max=64), io.BytesIO()
-    with sk.reference_operators():
+    with sk.reference_operators(), torch.no_grad():
         program = torch.onnx.export(
             model, (images(),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
         )
@@ -191,14 +227,14 @@ def checkpointed(family, method, *, reentrant=False):
 
 
 def reentrant(family, method):
-    """The same with `TIMM_REENTRANT_CKPT=1`"""
+    """Gradient checkpointing with `TIMM_REENTRANT_CKPT=1`: the same bits"""
     checkpointed(family, method, reentrant=True)
 
 
 def functional(family, method):
     """`torch.func`: functional_call as it is; inside `sk.reference_operators()` grad, gradients per
-    image (vmap of grad) and an ensemble (vmap over stacked models)"""
-    models, x = [build(family, method, seed) for seed in (3, 4)], images()
+    image (vmap of grad) and, without gradients, an ensemble (vmap over stacked models)"""
+    models, x = [build(family, method, seed).eval() for seed in (3, 4)], images()
     output, *grads = gradients(models[0], x)
     parameters = dict(models[0].named_parameters())
     same([func.functional_call(models[0], parameters, (x,))], [output])
@@ -209,10 +245,9 @@ def functional(family, method):
     with sk.reference_operators():
         got = func.grad(loss)(parameters, x)
         each = func.vmap(func.grad(lambda p, image: loss(p, image[None])), (None, 0))(parameters, x)
-        stacked, buffers = func.stack_module_state(models)
-        outputs = func.vmap(lambda *state: func.functional_call(models[0], state, (x,)))(
-            stacked, buffers
-        )
+        with torch.no_grad():
+            together = func.vmap(lambda *state: func.functional_call(models[0], state, (x,)))
+            outputs = together(*func.stack_module_state(models))
     same(got.values(), grads, **REORDERED)
     same([per_image.sum(0) for per_image in each.values()], grads, **REORDERED)
     same(outputs, [model(x) for model in models], **REORDERED)
@@ -301,11 +336,12 @@ WAYS: dict[str, Callable[[str, str], None]] = {
 
 
 def cell(way: str, family: str) -> str:
-    refused = {method: refusal(way, family, method) for method in METHODS}
-    notes = {name: f"[{REFUSALS.index(note) + 1}]" for name, note in refused.items() if note}
-    if len(notes) == len(METHODS):
-        return f"refused {' '.join(dict.fromkeys(notes.values()))}"
-    return ", ".join(["pass", *(f"{name} refused {note}" for name, note in notes.items())])
+    refused = [refusal(way, family, method) for method in METHODS]
+    whole = next((each for each in refused if each and each.way), None)
+    notes = [whole] if whole else [each for each in refused if each]
+    return " ".join(
+        ["refused" if whole else "pass", *(f"[{REFUSALS.index(each) + 1}]" for each in notes)]
+    )
 
 
 def page() -> str:
@@ -313,7 +349,9 @@ def page() -> str:
     for way in WAYS:
         lines = [f"{lines[0]} {way} |", f"{lines[1]}---|"]
     lines += [f"| {f} | {' | '.join(cell(way, f) for way in WAYS)} |" for f in FAMILIES]
-    lines += ["", *(f"[{at}] {each.reason}" for at, each in enumerate(REFUSALS, start=1))]
+    lines += [""]
+    for at, each in enumerate(REFUSALS, start=1):
+        lines += [f'- [{at}] refused with "... {each.message} ...": {each.why}.']
     lines += ["", "| way | what passes |", "|---|---|"]
     lines += [f"| {name} | {' '.join((way.__doc__ or '').split())} |" for name, way in WAYS.items()]
     methods = ", ".join(f"{name} `{text}`" for name, text in METHODS.items())

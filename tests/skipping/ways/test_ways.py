@@ -51,7 +51,7 @@ def test_cell(way, family, request):
     for method in METHODS:
         refused = matrix.refusal(way, family, method)
         if refused:
-            with pytest.raises((ValueError, RuntimeError), match=re.escape(refused.reason)):
+            with pytest.raises((ValueError, RuntimeError), match=re.escape(refused.message)):
                 WAYS[way](family, method) if refused.way else matrix.build(family, method)
         elif way in ("DDP", "FSDP2"):
             for found in request.getfixturevalue("two_processes"):
