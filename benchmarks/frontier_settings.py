@@ -12,6 +12,7 @@ from skipvit_kernels.skipping import floor
 
 TOME = "ToMe r="
 REDUNDANT = "merge,score=similar,match=keys"
+MARGINAL = "merge,score=marginal,match=keys"
 SETTINGS: dict[str, tuple[str, ...]] = {
     "unpatched": ("",),
     "paper": ("6(45%)+11", "6(55%)+11", "4,7(30%,30%)+10", "6(55%)+12"),
@@ -25,16 +26,23 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         f"4,7,10(40p,40p,40p)+12:{REDUNDANT}",
         f"4,6,8(50p,40p,40p)+12:{REDUNDANT}",
         f"4,6,8(55p,45p,40p)+12:{REDUNDANT}",
+        *(f"4,7,10({r}p,{r}p,{r}p)+12:{MARGINAL}" for r in (35, 40, 50)),
+        *(f"4,6,8({counts})+12:{MARGINAL}" for counts in ("50p,40p,40p", "55p,45p,40p")),
+        f"4,5,7(50p,50p,40p)+12:{MARGINAL}",
+        f"3,5,7(55p,50p,45p)+12:{MARGINAL}",
     ),
     "merge in many layers": (
         *(f"4-11({r}p)+12:{REDUNDANT}" for r in (16, 20)),
-        *(f"3-11({r}p)+12:{REDUNDANT}" for r in (17, 19, 20)),
+        *(f"3-11({r}p)+12:{MARGINAL}" for r in (18, 20)),
+        *(f"4-11({r}p)+12:{MARGINAL}" for r in (20, 22, 24)),
+        *(f"3-8({r}p)+12:{MARGINAL}" for r in (24, 27)),
+        *(f"3-11({r}p)+12:{REDUNDANT}" for r in (17, 19)),
         *(f"1-11({r}p)+12:{REDUNDANT}" for r in (8, 13, 16)),
         *(f"{layers}+12:{REDUNDANT}" for layers in ("1-10(17p)", "1-9(18p)")),
     ),
     "merge, not restored": (
         "6(55%):merge",
-        *(f"{at}-11({r}p):{REDUNDANT}" for at, r in ((4, 16), (3, 17), (3, 20), (1, 13), (1, 16))),
+        *(f"{at}-11({r}p):{REDUNDANT}" for at, r in ((4, 16), (3, 17), (3, 19), (1, 13), (1, 16))),
     ),
     "ToMe": tuple(f"{TOME}{r}" for r in (4, 8, 11, 13, 16, 19)),
 }
