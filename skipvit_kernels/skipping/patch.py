@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from skipvit_kernels.skipping import cls_only, families
 from skipvit_kernels.skipping.config import SkipConfig, num_kept
-from skipvit_kernels.skipping.families import Family, check_hooks
-from skipvit_kernels.skipping.run import Drop, Inside, check_blocks
+from skipvit_kernels.skipping.families import Family, Inside, check_hooks
+from skipvit_kernels.skipping.run import Drop, check_blocks
 from skipvit_kernels.skipping.sequence import (
     SkipLooped,
     SkipModuleList,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from skipvit_kernels.skipping.config import (
     check_scorer,
     num_kept,
 )
-from skipvit_kernels.skipping.families import Attended, Context, Family
+from skipvit_kernels.skipping.families import Attended, Context, Family, as_called
 from skipvit_kernels.skipping.methods import Candidates, Method, Reduced
 
 
@@ -175,7 +175,7 @@ def run_layer(
         def forward(x: Tensor) -> Tensor:
             return family.feed(block, family.attend_rows(block, x, context, num_rows))
 
-        x = _call(block, forward, x)
+        x = as_called(block, forward, x)
     else:
         x = family.call(block, x, context)
     for _ in range(layer.ends):
@@ -192,7 +192,7 @@ def _drop(x: Tensor, layer: Layer, drop: Drop, contexts: list[Context]) -> tuple
         stages.append(_reduce(x, layer, drop, contexts))
         return layer.family.feed(layer.block, stages[0].left.tokens)
 
-    return _call(layer.block, forward, x), stages[0]
+    return as_called(layer.block, forward, x), stages[0]
 
 
 def _reduce(x: Tensor, layer: Layer, drop: Drop, contexts: list[Context]) -> Stage:
@@ -200,21 +200,6 @@ def _reduce(x: Tensor, layer: Layer, drop: Drop, contexts: list[Context]) -> Sta
     attended = layer.family.attend(layer.block, x, context)
     left = drop.reduce(layer.family, attended, context)
     return Stage(layer, drop, attended.x, left, contexts)
-
-
-def _call(block: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """forward(x) as what the block does when it is called: hooks on it fire, as FSDP's must."""
-    before = {key: h for key, h in block._forward_pre_hooks.items() if not isinstance(h, Inside)}
-    if not (before or block._forward_hooks or block._backward_pre_hooks or block._backward_hooks):
-        return forward(x)
-    # The block's own forward stays: another thread may be in it.
-    view = object.__new__(type(block))
-    vars(view).update(vars(block), forward=forward, _forward_pre_hooks=before)
-    return view(x)
-
-
-class Inside:
-    """A pre-hook of blocks that may only be called as `_call` does."""
 
 
 class SkipBlock(nn.Module):

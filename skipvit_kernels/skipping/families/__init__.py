@@ -14,7 +14,9 @@ from skipvit_kernels.skipping.families import refused
 from skipvit_kernels.skipping.families.base import Attended as Attended
 from skipvit_kernels.skipping.families.base import Context as Context
 from skipvit_kernels.skipping.families.base import Family as Family
+from skipvit_kernels.skipping.families.base import Inside as Inside
 from skipvit_kernels.skipping.families.base import ViTShape as ViTShape
+from skipvit_kernels.skipping.families.base import as_called as as_called
 from skipvit_kernels.skipping.families.base import check_hooks as check_hooks
 from skipvit_kernels.skipping.families.base import class_name
 

@@ -529,6 +529,21 @@ def unsplittable(qkv: Any) -> str | None:
 # ---------------------------------------------------------------- what is refused
 
 
+def as_called(block: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """forward(x) as what the block does when it is called: hooks on it fire, as FSDP's must."""
+    before = {key: h for key, h in block._forward_pre_hooks.items() if not isinstance(h, Inside)}
+    if not (before or block._forward_hooks or block._backward_pre_hooks or block._backward_hooks):
+        return forward(x)
+    # The block's own forward stays: another thread may be in it.
+    view = object.__new__(type(block))
+    vars(view).update(vars(block), forward=forward, _forward_pre_hooks=before)
+    return view(x)
+
+
+class Inside:
+    """A pre-hook of blocks that may only be called as `as_called` does."""
+
+
 def num_hooks(module: nn.Module) -> int:
     """Hooks that a call of the module would fire."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -14,6 +14,7 @@ from skipvit_kernels.skipping.families.base import (
     Attended,
     Context,
     Family,
+    as_called,
     attention,
     check_parts,
     leading,
@@ -93,7 +94,7 @@ class Unmasked(Eva):
     def call(cls, block: Any, x: Tensor, context: Context) -> Tensor:
         if context.sizes is None:
             return block(x, **context.arguments)
-        return cls.feed(block, cls.attend(block, x, context).x)
+        return as_called(block, lambda x: cls.feed(block, cls.attend(block, x, context).x), x)
 
 
 def _scaled(block: Any, name: str, branch: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from skipvit_kernels.skipping.families.base import (
     Attended,
     Context,
     Family,
+    as_called,
     attention,
     check_hooks,
     check_parts,
@@ -46,7 +47,7 @@ class Relative(Family):
     @classmethod
     def check_block(cls, block: Any, what: str) -> None:
         # Not in the layers that drop alone: `call` runs the parts wherever patches are away.
-        check_hooks(what, block, [block, block.attn])
+        check_hooks(what, block, [block.attn])
 
     @staticmethod
     def needs_whole(block: Any) -> str | None:
@@ -56,7 +57,7 @@ class Relative(Family):
     def call(cls, block: Any, x: Tensor, context: Context) -> Tensor:
         if context.places is None and context.sizes is None:
             return block(x, **context.arguments)
-        return cls.feed(block, cls.attend(block, x, context).x)
+        return as_called(block, lambda x: cls.feed(block, cls.attend(block, x, context).x), x)
 
     @classmethod
     def narrow(cls, context: Context, index: Tensor, num_prefix_tokens: int) -> Context:

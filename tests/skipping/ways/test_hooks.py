@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from skipping.ways import matrix
 
 import skipvit_kernels as sk
 
@@ -43,6 +44,15 @@ def test_hooks_on_a_block_that_drops_fire_as_on_any_other(model, text, seen):
     model(images).sum().backward()
     assert sorted(back) == sorted(seen)
     assert all("forward" not in vars(block) for block in model.blocks)
+
+
+def test_hooks_on_a_block_that_is_run_by_its_parts_fire():
+    """Behind a drop BEiT's bias must follow the tokens, which its block cannot be told."""
+    model = sk.patch(matrix.build("BEiT: relative bias"), "2(50%)+4").eval()
+    want, seen = model(matrix.images()), []
+    for block in model.blocks[:]:
+        block.register_forward_hook(lambda m, args, output: seen.append(output.shape[1]))
+    assert torch.equal(model(matrix.images()), want) and seen == [37, 19, 19, 37]
 
 
 def test_a_hook_may_change_what_a_block_that_drops_gives(model):

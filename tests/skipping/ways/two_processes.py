@@ -25,7 +25,7 @@ def fsdp2(model):
 
 def difference(wrap, family, method, rank):
     """Of the gradients from those of one process on all images, relative to the largest."""
-    model, images = matrix.build(family, method).double(), matrix.images().double()
+    model, images = matrix.build(family, method).double().eval(), matrix.images().double()
     alone = copy.deepcopy(model)
     alone(images).square().mean().backward()
     wrapped = wrap(model)
