@@ -39,7 +39,8 @@ its maps. Limits:
 - Encoders whose head reads the grid, and NaFlex with its `patch_valid`, need a rejoin.
 - `ParallelScalingBlock` has nothing between attention and MLP: patches leave behind the block.
 - `cls_only_last_block` needs `global_pool="token"` and blocks of ViT, Eva or Beit and relpos.
-- `forward` and `forward_features` of a subclass, hooks on an attention whose parts are called, and unknown parts of either are refused; `is_causal=True` is refused where patches leave.
+- `forward` and `forward_features` of a subclass, hooks on an attention whose parts are called, and
+  unknown parts of either are refused; `is_causal=True` is refused where patches leave.
 
 ## Refused
 | class | names | why |
