@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import itertools
 import os
@@ -213,15 +214,16 @@ def layer_seconds(model: nn.Module, blocks: Iterable[nn.Module], images: Tensor)
     time on the CPU, the device's on CUDA. The model must not be compiled: hooks mark the times.
     """
     marks: list[Any] = []
-    layer_of = {part: at for at, block in enumerate(blocks) for part in block.modules()}
 
-    def begin(part: nn.Module, args: Any) -> None:
-        if layer_of[part] == len(marks):
+    def begin(at: int, *_: Any) -> None:
+        if at == len(marks):
             marks.append(_mark(images.device.type))
 
     with contextlib.ExitStack() as hooks, torch.inference_mode():
-        for part in layer_of:
-            hooks.enter_context(part.register_forward_pre_hook(begin))
+        for at, block in enumerate(blocks):
+            for part in block.modules():
+                hook = functools.partial(begin, at)
+                hooks.enter_context(part.register_forward_pre_hook(hook))
         model(images)
         marks.append(_mark(images.device.type))
     return _between(marks)

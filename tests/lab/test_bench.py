@@ -259,7 +259,7 @@ def test_a_device_that_is_not_there_is_refused():
 def test_unknown_models_are_refused_with_a_guess():
     with pytest.raises(ValueError, match=r"got 'deit_tiny_patch16_22'; did you mean deit_tiny_p"):
         bench.run(job(model="deit_tiny_patch16_22"), [])
-    with pytest.raises(ValueError, match="model must be a timm VisionTransformer, got ResNet"):
+    with pytest.raises(ValueError, match=r"model must be a timm VisionTransformer, .* got ResNet"):
         bench.run(job(model="resnet18", image_size=None), [])
     with pytest.raises(ValueError, match="resnet18 cannot be built at 64 px"):
         bench.run(job(model="resnet18"), [])
@@ -513,7 +513,7 @@ def test_advice_on_this_machine_in_little_time():
 
 
 def test_advice_refuses():
-    with pytest.raises(ValueError, match="model must be a timm VisionTransformer, got Linear"):
+    with pytest.raises(ValueError, match=r"model must be a timm VisionTransformer, .* got Linear"):
         advise(torch.nn.Linear(2, 2))
     model = timm.create_model("deit_tiny_patch16_224", depth=2)
     with pytest.raises(ValueError, match="seconds must be positive, got 0"):

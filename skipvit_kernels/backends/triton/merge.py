@@ -211,7 +211,8 @@ def _merge_rows_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    o_b, row, column = image_row_column(num_rows, num_columns, ROWS, COLUMNS)
+    # Rows without channels have sizes too.
+    o_b, row, column = image_row_column(num_rows, tl.maximum(num_columns, 1), ROWS, COLUMNS)
     o_m, o_c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     m_m, m_c = o_m < num_rows, o_c < num_columns
     b_start, b_count = _groups(starts_ptr, o_b, o_m, num_tokens, num_rows)
@@ -250,7 +251,6 @@ def merge_rows(
     merged = x.new_empty((batch, num_rows), dtype=torch.float32)
     starts, rows = _group_rows(owner, num_rows)
     height, width = move_tile(columns, x.element_size())
-    # A tile of columns for the sizes too, where there are no channels.
     programs = batch * cdiv(num_rows, height) * cdiv(max(1, columns), width)
     launch(
         _merge_rows_kernel, programs, tokens,
