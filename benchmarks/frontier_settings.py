@@ -36,6 +36,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         *(f"3-11({r}p)+12:{MARGINAL}" for r in (18, 20)),
         *(f"4-11({r}p)+12:{MARGINAL}" for r in (20, 22, 24)),
         *(f"3-8({r}p)+12:{MARGINAL}" for r in (24, 27)),
+        *(f"2-11({r}p)+12:{MARGINAL}" for r in (18, 19)),
         *(f"3-11({r}p)+12:{REDUNDANT}" for r in (17, 19)),
         *(f"1-11({r}p)+12:{REDUNDANT}" for r in (8, 13, 16)),
         *(f"{layers}+12:{REDUNDANT}" for layers in ("1-10(17p)", "1-9(18p)")),
