@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import shlex
 import sys
@@ -21,6 +22,7 @@ EXTRAS = {
     "bench": ("bench", {"timm", "matplotlib", "rich"}),
     "show": ("bench", {"timm", "matplotlib", "rich", "torchvision", "PIL"}),
     "advise": ("timm", {"timm"}),
+    "train": ("train", {"timm", "accelerate", "tensorboard", "matplotlib", "rich"}),
 }
 
 
@@ -147,11 +149,94 @@ def _parser() -> argparse.ArgumentParser:
     _add_threads(show)
     show.set_defaults(run=_show)
 
+    train = commands.add_parser(
+        "train",
+        help="train or fine-tune a timm model with skipping on one's own pictures",
+        description="Train a timm model that skips, with timm's data, augmentation, losses and "
+        "optimizers; accelerate runs it on CPU, GPUs and NPUs, in several processes as "
+        "`accelerate launch -m skipvit_kernels train ...`. Ctrl-C saves; --resume goes on.",
+    )
+    _add_train(train)
+    train.set_defaults(run=_train)
+
     info = commands.add_parser(
         "info", help="show which kernel runs for every operator on every device, and why"
     )
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("data", metavar="DATA", help="folder with train/ and validation/, and in each a folder for "
+        "each class; or a tar file, or the root of --dataset")  # fmt: skip
+    add("--model", required=True, help="a timm model's name")
+    add("--skip", default="", metavar="CONFIG", help='e.g. "6(55%%)+11" (default: nothing)')
+    add("--out", type=Path, default=Path("training"),
+        help="folder for checkpoints and logs (default %(default)s)")  # fmt: skip
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+
+    add = parser.add_argument_group("when it skips, in epochs").add_argument
+    add("--warmup-epochs", type=int, metavar="N", help="first ones without (default: the config's)")
+    add("--ramp-epochs", type=int, default=0, metavar="N",
+        help="after these, along EViT's cosine in four stairs (default 0: at once)")  # fmt: skip
+    add("--finish-dense", type=int, default=0, metavar="N", help="last ones without (default 0)")
+    add("--cls-only-last-block", action="store_true", help="the lossless last block")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="", help='as timm names it: "hfds/food101", "wds/", ... (default: a '
+        "folder or tar file)")  # fmt: skip
+    add("--train-split", default="train", metavar="SPLIT", help="(default %(default)s)")
+    add(
+        "--val-split", default="validation", metavar="SPLIT", help='(default %(default)s); "": none'
+    )
+    add("--val-data", metavar="DATA", help="where that lies (default: DATA)")
+    add("--num-classes", type=int, help="where the data does not tell")
+    add("--img-size", type=int, help="in pixels (default: the model's own)")
+    add("--workers", type=int, default=4, help="processes that load pictures (default 4)")
+    add("--stop-on-bad", action="store_true",
+        help="at a picture that cannot be read (default: name it, take the next)")  # fmt: skip
+
+    add = parser.add_argument_group("what it learns from").add_argument
+    add("--epochs", type=int, default=300, help="(default %(default)s)")
+    add("--batch-size", type=int, default=128, help="over all processes (default %(default)s)")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches of a step (default 1)")
+    add("--lr", type=float, default=5e-4, help="(default %(default)s)")
+    add("--lr-warmup-epochs", type=int, default=5, metavar="N", help="(default %(default)s)")
+    add("--opt", default="adamw", help="timm's name of the optimizer (default %(default)s)")
+    add("--weight-decay", type=float, default=0.05, help="(default %(default)s)")
+    add("--sched", default="cosine", help="timm's name of the schedule (default %(default)s)")
+    add("--clip-grad", type=float, metavar="NORM", help="(default: not)")
+    add("--ema", type=float, metavar="DECAY", help="of an average of the weights (default: none)")
+    add("--fine-tune", type=Path, metavar="WEIGHTS", help="a checkpoint to begin from")
+    add("--pretrained", action="store_true", help="begin from timm's weights, downloaded")
+    add("--teacher", choices=("self",), help="learn from the unpatched model's logits too")
+    for name, function in (
+        ("model", "create_model"), ("opt", "create_optimizer_v2"), ("sched", "create_scheduler_v2"),
+        ("loss", "create_classification_loss"), ("augment", "create_loader"), ("mixup", "Mixup"),
+        ("teacher", "LogitDistillationTask"),
+    ):  # fmt: skip
+        add(f"--{name}-args", nargs="+", type=_assignment, action="extend", default=[],
+            metavar="NAME=VALUE", help=f"more options of timm's {function}")  # fmt: skip
+
+    add = parser.add_argument_group("how it runs").add_argument
+    add("--mixed-precision", choices=("no", "fp16", "bf16"), help="(default: accelerate's)")
+    add("--cpu", action="store_true", help="not on the GPU that is there")
+    add("--seed", type=int, default=0, help="(default %(default)s)")
+    add("--checkpoint-steps", type=int, metavar="N",
+        help="save within an epoch too, each N steps (default: at its end)")  # fmt: skip
+    _add_threads(parser)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """A name and its value, a Python literal where it is one: "drop_path_rate=0.1"."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must read like name=value, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
 
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:
@@ -220,6 +305,16 @@ def _show(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in names}
     show.run(args.pictures, configs=args.configs or [presets.UNTRAINED], **options)
     print(f"written to {args.out}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from skipvit_kernels.lab import train
+
+    options = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(train.Settings)
+    }
+    further = {name: dict(options[name]) for name in options if name.endswith("_args")}
+    train.run(train.Settings(**options | further))
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -1,0 +1,618 @@
+"""skipvit train: a timm model that skips, on timm's data, by accelerate on any devices."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator, DistributedType, skip_first_batches
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from timm.data import Mixup, resolve_data_config
+from timm.models import load_state_dict
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask, LogitDistillationTask
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from skipvit_kernels.lab import machine, report, train_data
+from skipvit_kernels.lab.bench import at_least
+from skipvit_kernels.skipping.config import Patches, SkipConfig
+from skipvit_kernels.skipping.patch import is_patched, patch, set_epoch, unpatch
+
+LAST, BEST = "last.pth", "best.pth"
+READ_STEPS = 10  # steps between two looks at the losses, for which a GPU has to be waited for
+RAMP_STAIRS = 4  # of EViT's ramp, which changes the number of tokens with every step
+# May differ between a training and its resumption.
+OF_A_RUN = {"out", "resume", "workers", "checkpoint_steps", "cpu", "stop_on_bad"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of a training; `skipvit train --help` has them in words.
+
+    Attributes:
+        data: folder with a folder for each split and in those one for each class, a tar file; or
+            what timm's create_dataset takes as root beside `dataset`.
+        model: a timm model's name.
+        out: folder for checkpoints and logs.
+        skip: in the notation of `SkipConfig`; "" drops nothing.
+        warmup_epochs: without dropping; None: the configuration's.
+        ramp_epochs: after them, in which the share that is dropped rises along EViT's cosine.
+        finish_dense: last epochs, without dropping.
+        val_split: "" trains without validation.
+        val_data: where it lies, default `data`.
+        batch_size: images of a forward of all processes together.
+        accumulate: batches of an optimizer's step.
+        fine_tune: a checkpoint to begin from; its head is kept where it has as many classes.
+        teacher: "self": also learn from the logits of the model as it began, without skipping.
+        ema: decay of a moving average of the weights, which is then what is validated.
+        ..._args: further options of timm's create_model, create_optimizer_v2, create_scheduler_v2,
+            create_classification_loss, create_loader (of the training: augmentation), Mixup, and
+            LogitDistillationTask.
+        mixed_precision: "no", "fp16", "bf16"; default accelerate's.
+        checkpoint_steps: also within an epoch, each so many steps of the optimizer.
+        resume: go on from the last checkpoint in `out`.
+        stop_on_bad: at a picture that cannot be read; default: it is named and left out.
+    """
+
+    data: str
+    model: str
+    out: Path
+    skip: str = ""
+    warmup_epochs: int | None = None
+    ramp_epochs: int = 0
+    finish_dense: int = 0
+    cls_only_last_block: bool = False
+    dataset: str = ""
+    train_split: str = "train"
+    val_split: str = "validation"
+    val_data: str | None = None
+    num_classes: int | None = None
+    img_size: int | None = None
+    epochs: int = 300
+    batch_size: int = 128
+    accumulate: int = 1
+    lr: float = 5e-4
+    lr_warmup_epochs: int = 5
+    opt: str = "adamw"
+    weight_decay: float = 0.05
+    sched: str = "cosine"
+    clip_grad: float | None = None
+    ema: float | None = None
+    fine_tune: Path | None = None
+    pretrained: bool = False
+    teacher: str | None = None
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    opt_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sched_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    loss_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    augment_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mixup_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    teacher_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mixed_precision: str | None = None
+    cpu: bool = False
+    workers: int = 4
+    seed: int = 0
+    checkpoint_steps: int | None = None
+    resume: bool = False
+    stop_on_bad: bool = False
+
+    def __post_init__(self) -> None:
+        names = ("epochs", "batch_size", "accumulate", "img_size", "checkpoint_steps")
+        at_least(1, **{name: getattr(self, name) for name in names})
+        names = ("ramp_epochs", "finish_dense", "workers", "seed", "lr_warmup_epochs")
+        at_least(0, **{name: getattr(self, name) for name in names})
+        config = self.config
+        spent = config.warmup_epochs + self.ramp_epochs + self.finish_dense
+        if config.drop_at and spent > self.epochs:
+            raise ValueError(
+                "warmup_epochs, ramp_epochs and finish_dense must be at most the "
+                f"{self.epochs} epochs together, got {spent}"
+            )
+        if self.teacher not in (None, "self"):
+            raise ValueError(f'teacher must be "self", got {self.teacher!r}')
+        if self.teacher and not (self.fine_tune or self.pretrained):
+            raise ValueError("teacher self needs weights to begin from: fine_tune or pretrained")
+        if not timm.is_model(self.model):
+            raise ValueError(f"model must be a timm model's name, got {self.model!r}")
+        report.check_folder("out", self.out)
+        if (self.out / LAST).exists() and not self.resume:
+            raise ValueError(f"{self.out / LAST} is there: resume that, or take another out")
+
+    @property
+    def config(self) -> SkipConfig:
+        """What the training is for."""
+        config = SkipConfig.parse(self.skip, warmup_epochs=self.warmup_epochs)
+        cls = config.cls_only_last_block or self.cls_only_last_block
+        return dataclasses.replace(config, cls_only_last_block=cls)
+
+    def config_of(self, epoch: int) -> SkipConfig:
+        """What the model is patched with in an epoch: less in the ramp, nothing at the end."""
+        config = self.config
+        dense = SkipConfig(cls_only_last_block=config.cls_only_last_block)
+        if epoch >= self.epochs - self.finish_dense:
+            return dense
+        into = epoch - config.warmup_epochs
+        if not 0 <= into < self.ramp_epochs:
+            return config
+        risen = (1 - math.cos(math.pi * (into + 0.5) / self.ramp_epochs)) / 2
+        share = Fraction(round(RAMP_STAIRS * risen), RAMP_STAIRS)
+        ratios = tuple(
+            Patches(round(share * ratio.count)) if isinstance(ratio, Patches) else share * ratio
+            for ratio in config.drop_ratio
+        )
+        return dataclasses.replace(config, drop_ratio=ratios) if share else dense
+
+    def record(self) -> dict[str, str]:
+        """What a resumption must share, by name."""
+        found = dataclasses.asdict(self).items()
+        return {name: str(value) for name, value in found if name not in OF_A_RUN}
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """Train; checkpoints, log.csv and TensorBoard's files are in `settings.out`.
+
+    Returns:
+        A row for each epoch, as in log.csv.
+
+    Raises:
+        ValueError: on data, weights or settings that do not fit, a loss that is not finite, a
+            picture that cannot be read (with `stop_on_bad`), a full disk: in one line.
+        KeyboardInterrupt: after Ctrl-C, with the state saved.
+    """
+    try:
+        training = Training(settings)
+        try:
+            return training.run()
+        finally:
+            training.accelerator.end_training()
+    except train_data.BadPicture as error:
+        # From a worker comes its traceback; what was said is the end of it.
+        raise ValueError(str(error).rsplit("BadPicture: ", 1)[-1].strip()) from error
+    except OSError as error:
+        raise ValueError(f"{settings.out}: {error}") from error
+
+
+class Training:
+    """A training and its state; everything is made by timm and accelerate."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            gradient_accumulation_steps=settings.accumulate,
+            cpu=settings.cpu,
+            log_with="tensorboard",
+            project_dir=str(settings.out),
+        )
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError("sharded models cannot be saved here yet: use accelerate's DDP")
+        if settings.batch_size % accelerator.num_processes:
+            raise ValueError(
+                f"batch_size must be a multiple of the {accelerator.num_processes} processes, "
+                f"got {settings.batch_size}"
+            )
+        self.console = Console(quiet=not accelerator.is_main_process)
+        train, val = self._open()
+        num_classes = train_data.count_classes(train, val, settings.num_classes)
+        train_data.seed(settings.seed)
+        model = make_model(settings, num_classes)
+        teacher = None
+        if settings.teacher:
+            teacher = copy.deepcopy(model).requires_grad_(False).to(accelerator.device)
+        patch(model, settings.config_of(0))
+        self.loader = self._loader(train, model, num_classes, training=True)
+        self.val_loader = val and self._loader(val, model, num_classes, training=False)
+        if len(self.loader) == 0:
+            raise ValueError(f"batch_size must be at most the training pictures, {len(train)}")
+        self.mixup = None
+        if settings.mixup_args:
+            if settings.batch_size // accelerator.num_processes % 2:
+                raise ValueError(
+                    f"batch_size must be even in each process for mixup, got {settings.batch_size}"
+                )
+            smoothing = settings.loss_args.get("smoothing", 0.0)
+            options = {"num_classes": num_classes, "label_smoothing": smoothing}
+            self.mixup = told("mixup_args", Mixup, **options | settings.mixup_args)
+        model.to(accelerator.device)
+        self.optimizer = told(
+            "opt, opt_args", create_optimizer_v2, model, opt=settings.opt, lr=settings.lr,
+            weight_decay=settings.weight_decay, **settings.opt_args,
+        )  # fmt: skip
+        self.steps = math.ceil(len(self.loader) / accelerator.gradient_accumulation_steps)
+        self.scheduler, _ = told(
+            "sched, sched_args", create_scheduler_v2, self.optimizer, sched=settings.sched,
+            num_epochs=settings.epochs, warmup_epochs=settings.lr_warmup_epochs,
+            step_on_epochs=False, updates_per_epoch=self.steps, **settings.sched_args,
+        )  # fmt: skip
+        self.ema = None if settings.ema is None else ModelEmaV3(model, decay=settings.ema)
+        self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
+        loss = {"criterion_kwargs": {"soft_targets": self.mixup is not None, **settings.loss_args}}
+        options = loss | {"device": accelerator.device, "verbose": False}
+        self.task = (
+            told("loss_args", ClassificationTask, self.model, **options)
+            if teacher is None
+            else told("loss_args, teacher_args", LogitDistillationTask, self.model, teacher,
+                      **options | settings.teacher_args)
+        )  # fmt: skip
+        self.epoch = self.batch = self.updates = 0
+        # Of the running epoch: sums of loss and hits over its steps, and its seconds.
+        self.sums = [0.0, 0.0, 0.0]
+        self.rows: list[dict[str, Any]] = []
+        self.stop = False
+
+    def _open(self) -> tuple[Any, Any]:
+        """The two splits as timm has them; None for a validation that is not wanted."""
+        s = self.settings
+        options = {"batch_size": s.batch_size, "seed": s.seed}
+        train = train_data.open_split(s.data, s.dataset, s.train_split, training=True, **options)
+        if not s.val_split:
+            return train, None
+        root = s.val_data or s.data
+        val = train_data.open_split(root, s.dataset, s.val_split, training=False, **options)
+        if s.val_data is None and train_data.is_root(val, root):
+            raise ValueError(
+                f'data must hold the split {s.val_split!r} too, got {root}; val_split "" trains '
+                "without validation"
+            )
+        return train, val
+
+    def _loader(self, dataset: Any, model: Any, num_classes: int, *, training: bool) -> Any:
+        s = self.settings
+        if isinstance(dataset, IterableDataset):
+            check = functools.partial(train_data.check_label, num_classes=num_classes)
+            vars(dataset)["target_transform"] = check
+        else:
+            dataset = train_data.Pictures(dataset, s.seed, num_classes, stop=s.stop_on_bad)
+        size = {"img_size": s.img_size} if s.img_size else {}
+        data = resolve_data_config(size, model=model)
+        data = data | {"is_training": training, "batch_size": s.batch_size} | (
+            s.augment_args if training else {}
+        )  # fmt: skip
+        return told(
+            "augment_args", train_data.make_loader, dataset, self.accelerator, seed=s.seed,
+            num_workers=s.workers, **data,
+        )  # fmt: skip
+
+    @property
+    def unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def run(self) -> list[dict[str, Any]]:
+        s, about = self.settings, machine.versions()
+        s.out.mkdir(parents=True, exist_ok=True)
+        if s.resume and (s.out / LAST).exists():
+            self.load(s.out / LAST)
+        self.accelerator.init_trackers("tensorboard")
+        self.console.print(
+            f"{s.model}, {s.skip or 'unskipped'}, {self.accelerator.num_processes} x "
+            f"{self.accelerator.device}; "
+            + ", ".join(f"{name} {about[name]}" for name in ("torch", "timm", "CPU"))
+        )
+        with self._ctrl_c(), self._progress() as progress:
+            while self.epoch < s.epochs:
+                stop = self._epoch(progress)
+                self._end_epoch()
+                if stop and self.epoch < s.epochs:
+                    raise KeyboardInterrupt
+        self.console.print(summary(self.rows))
+        return self.rows
+
+    def _epoch(self, progress: Progress) -> bool:
+        """Train on the batches of the epoch that are left; whether to stop behind it."""
+        s, accelerator = self.settings, self.accelerator
+        models = [self.unwrapped, *([self.ema.module] if self.ema else [])]
+        for model in models:
+            skip(model, s.config_of(self.epoch), self.epoch)
+        train_data.seed(s.seed, self.epoch, accelerator.process_index)
+        self.loader.set_epoch(self.epoch)
+        if isinstance(self.loader.dataset, train_data.Pictures):
+            self.loader.dataset.epoch.fill_(self.epoch)
+        left = skip_first_batches(self.loader, self.batch) if self.batch else self.loader
+        task = progress.add_task(f"epoch {self.epoch}", total=len(self.loader), said="")
+        self.model.train()
+        parts: list[Tensor] = []  # loss and hits of the batches of a step
+        found: list[Tensor] = []  # and of the steps that were not yet looked at
+        start = time.perf_counter()
+        for images, labels in left:
+            self._seed(self.batch)
+            targets = labels
+            if self.mixup:
+                images, targets = self.mixup(images, labels)
+            with accelerator.accumulate(self.model):
+                result = self.task(images, targets)
+                accelerator.backward(result["loss"])
+                if s.clip_grad is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.model.parameters(), s.clip_grad)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            hits = (result["output"].detach().argmax(1) == labels).float().mean()
+            parts.append(torch.stack([result["loss"].detach().float(), hits]))
+            self.batch += 1
+            if not accelerator.sync_gradients:
+                continue
+            found.append(torch.stack(parts).mean(0))
+            parts.clear()
+            self.updates += 1
+            if self.scheduler:
+                self.scheduler.step_update(self.updates)
+            if self.ema:
+                self.ema.update(self.unwrapped, step=self.updates)
+            step = self.updates - self.epoch * self.steps
+            save = s.checkpoint_steps is not None and step % s.checkpoint_steps == 0
+            alone = accelerator.num_processes == 1
+            if save or step % READ_STEPS == 0 or step == self.steps or (self.stop and alone):
+                stop = self._read(found)
+                found.clear()
+                self.sums[2] += time.perf_counter() - start
+                start = time.perf_counter()
+                progress.update(task, completed=self.batch, said=self._said())
+                if (save or stop) and step < self.steps:
+                    self.save()
+                    if stop:
+                        raise KeyboardInterrupt
+        progress.remove_task(task)
+        return stop
+
+    def _seed(self, batch: int) -> None:
+        """Before a forward: what it draws is of this batch alone."""
+        number = train_data.seed(
+            self.settings.seed, self.epoch, batch, self.accelerator.process_index, 1
+        )
+        if self.accelerator.device.type != "cpu":
+            torch.manual_seed(number)
+
+    def _read(self, found: list[Tensor]) -> bool:
+        """Add up what the steps found, of all processes; whether any of these is to stop."""
+        flag = torch.full((1, 2), float(self.stop), device=self.accelerator.device)
+        table = torch.cat([torch.stack(found), flag])
+        *steps, (stop, _) = self.accelerator.reduce(table, "mean").tolist()
+        for step, (loss, hits) in enumerate(steps, self.updates - len(steps) + 1):
+            if not math.isfinite(loss):
+                last = self.settings.out / LAST
+                good = f"the last good checkpoint is {last}" if last.exists() else "none was saved"
+                raise ValueError(f"the loss is {loss} at step {step}, epoch {self.epoch}; {good}")
+            self.sums[0] += loss
+            self.sums[1] += hits
+        return stop > 0
+
+    def _said(self) -> str:
+        loss, hits, seconds = self.sums
+        steps = self.updates - self.epoch * self.steps
+        skipped = self._skipped() + steps * self._skips()
+        return (
+            f"{self.batch * self.settings.batch_size / seconds:.1f} images/s  "
+            f"loss {loss / steps:.3f}  top-1 {hits / steps:.1%}  "
+            f"skipped {skipped / self.updates:.0%} of steps"
+        )
+
+    def _skips(self) -> bool:
+        config = self.settings.config_of(self.epoch)
+        return bool(config.drop_at) and self.epoch >= config.warmup_epochs
+
+    def _skipped(self) -> int:
+        """Steps of the epochs before this one that skipped."""
+        return self.steps * sum(row["skips"] for row in self.rows)
+
+    def _end_epoch(self) -> None:
+        """Validate, write and go on to the next."""
+        s = self.settings
+        loss, hits, seconds = self.sums
+        config, skips = s.config_of(self.epoch), self._skips()
+        row = {
+            "epoch": self.epoch,
+            "skip": str(dataclasses.replace(config, warmup_epochs=0)) if skips else "unskipped",
+            "skips": int(skips),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": loss / self.steps,
+            "top1": hits / self.steps,
+            **self._validate(),
+            "images_per_second": self.batch * s.batch_size / seconds,
+        }
+        best = max((r.get("val_top1", 0.0) for r in self.rows), default=-1.0)
+        self.rows.append(row)
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, [0.0, 0.0, 0.0]
+        if self.accelerator.is_main_process:
+            write(s.out / "log.csv", lambda path: report.write_csv(path, self.rows))
+            if row.get("val_top1", best) > best:
+                weights = {"state_dict": self._validated().state_dict()}
+                write(s.out / BEST, functools.partial(torch.save, weights))
+        self.save()
+        values = {name: v for name, v in row.items() if name not in ("epoch", "skip")}
+        self.accelerator.log(values, step=row["epoch"])
+        self.console.print(
+            f"epoch {row['epoch']}: " + ", ".join(f"{name} {v:.4g}" for name, v in values.items())
+        )
+
+    def _validated(self) -> Any:
+        """The model that is validated: the average where there is one."""
+        return self.ema.module if self.ema else self.unwrapped
+
+    @torch.inference_mode()
+    def _validate(self) -> dict[str, float]:
+        if self.val_loader is None:
+            return {}
+        model = self._validated().eval()
+        sums = torch.zeros(4, device=self.accelerator.device)
+        for index, (images, labels) in enumerate(self.val_loader):
+            self._seed(index)  # of the scorer "random"
+            with self.accelerator.autocast():
+                logits = model(images)
+            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            count = sums.new_tensor(len(labels))
+            sums += torch.stack([loss, best[:, 0].sum(), best.any(1).sum(), count])
+        *found, count = self.accelerator.reduce(sums).tolist()
+        names = ("val_loss", "val_top1", "val_top5")
+        return {name: value / count for name, value in zip(names, found, strict=True)}
+
+    def save(self) -> None:
+        """Everything that the rest of the training depends on; a kill leaves the one before."""
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "state_dict": self.unwrapped.state_dict(),
+            **({"state_dict_ema": self.ema.module.state_dict()} if self.ema else {}),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "settings": self.settings.record(),
+            "at": [self.epoch, self.batch, self.updates],
+            "sums": self.sums,
+            "rows": self.rows,
+        }
+        write(self.settings.out / LAST, functools.partial(torch.save, state))
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: where it cannot be read, or is of a training with other settings.
+        """
+        state = told(str(path), torch.load, path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "settings" not in state:
+            raise ValueError(f"{path} must be a checkpoint of skipvit train")
+        now, then = self.settings.record(), state["settings"]
+        for name, value in now.items():
+            if then.get(name) != value:
+                raise ValueError(
+                    f"{path} is of a training with {name} {then.get(name)}, got {value}"
+                )
+        self.unwrapped.load_state_dict(state["state_dict"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["state_dict_ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.batch, self.updates = state["at"]
+        self.sums, self.rows = state["sums"], state["rows"]
+
+    @contextmanager
+    def _ctrl_c(self) -> Iterator[None]:
+        """The first Ctrl-C ends the training behind its step, the second at once."""
+
+        def on_signal(*_: Any) -> None:
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = True
+
+        before = signal.signal(signal.SIGINT, on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn(),
+                   TextColumn("{task.fields[said]}"))  # fmt: skip
+        return Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+
+
+def told(what: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What the call returns, or a ValueError in one line that says what its options came from."""
+    try:
+        return call(*args, **options)
+    except Exception as error:  # timm and torch raise a dozen kinds, assertions among them
+        text = " ".join(str(error).split()) or repr(error)
+        # torch names every key of a checkpoint that does not fit: the first three of each list.
+        text = re.sub(r'("[^"]+"(?:, "[^"]+"){2})(?:, "[^"]+")+', r"\1, ...", text)
+        raise ValueError(f"{what}: {text:.600}") from error
+
+
+def make_model(settings: Settings, num_classes: int) -> Any:
+    """The model with weights to begin from, and a new head where theirs has other classes."""
+    size = {"img_size": settings.img_size} if settings.img_size else {}
+    options = size | settings.model_args
+    if settings.fine_tune is None and not settings.pretrained:
+        create = functools.partial(timm.create_model, settings.model)
+        return told("model, model_args", create, num_classes=num_classes, **options)
+    source, given = "pretrained", timm.get_pretrained_cfg(settings.model)
+    overlay: dict[str, Any] = {}
+    had = given.num_classes if given else num_classes
+    if settings.fine_tune is not None:
+        source = f"{settings.fine_tune} cannot be loaded into the model"
+        state = told(source, load_state_dict, str(settings.fine_tune))
+        heads: Any = given.classifier if given else "head"
+        head = state.get(f"{heads if isinstance(heads, str) else heads[0]}.weight")
+        had = num_classes if head is None else len(head)
+        overlay = {"file": str(settings.fine_tune), "num_classes": had, "custom_load": False}
+    model = told(
+        source, timm.create_model, settings.model, pretrained=True,
+        pretrained_cfg_overlay=overlay, num_classes=had, **options,
+    )  # fmt: skip
+    if had != num_classes:
+        if settings.teacher:
+            raise ValueError(
+                f"teacher self needs weights of the data's {num_classes} classes, got {had}"
+            )
+        model.reset_classifier(num_classes)
+    return model
+
+
+def skip(model: nn.Module, config: SkipConfig, epoch: int) -> None:
+    """Patch a model for an epoch."""
+    if is_patched(model):
+        unpatch(model)
+    set_epoch(patch(model, config), epoch)
+
+
+def write(path: Path, to: Callable[[Path], Any]) -> None:
+    """Write a file whole or not at all: beside the one that is there, then over it."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        to(unfinished)
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
+        free = shutil.disk_usage(path.parent).free
+        unfinished.unlink(missing_ok=True)
+        before = "; the one before is intact" if path.exists() else ""
+        raise ValueError(
+            f"{path} cannot be written, {free / 2**20:.1f} MiB are free on its disk: "
+            f"{' '.join(str(error).split()):.200}{before}"
+        ) from error
+
+
+def summary(rows: list[dict[str, Any]]) -> Table:
+    """A row for each stretch of epochs that skipped alike, and the best epoch."""
+    table = Table(title="Training", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("epochs", no_wrap=True)
+    table.add_column("patches", no_wrap=True)
+    for name in ("images/s", "loss", "val loss", "top-1", "top-5"):
+        table.add_column(name, justify="right")
+
+    def add(name: str, group: list[dict[str, Any]]) -> None:
+        last, speed = group[-1], statistics.median(row["images_per_second"] for row in group)
+        forms = {"val_loss": ".3f", "val_top1": ".1%", "val_top5": ".1%"}
+        cells = (format(last[key], form) if key in last else "" for key, form in forms.items())
+        table.add_row(name, last["skip"], f"{speed:.1f}", f"{last['loss']:.3f}", *cells)
+
+    for _, rows_alike in itertools.groupby(rows, lambda row: row["skip"]):
+        group = list(rows_alike)
+        add(f"{group[0]['epoch']}-{group[-1]['epoch']}", group)
+    best = max(rows, key=lambda row: row.get("val_top1", 0.0))
+    if "val_top1" in best:
+        add(f"best: {best['epoch']}", [best])
+    return table
