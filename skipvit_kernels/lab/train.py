@@ -33,6 +33,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.utils.data import IterableDataset
 
 from skipvit_kernels.lab import machine, report, train_data
@@ -223,7 +224,9 @@ class Training:
             teacher = copy.deepcopy(model).requires_grad_(False).to(accelerator.device)
         patch(model, settings.config_of(0))
         self.loader = self._loader(train, model, num_classes, training=True)
-        self.val_loader = val and self._loader(val, model, num_classes, training=False)
+        self.val_loader = None
+        if val is not None:
+            self.val_loader = self._loader(val, model, num_classes, training=False)
         if len(self.loader) == 0:
             raise ValueError(f"batch_size must be at most the training pictures, {len(train)}")
         self.mixup = None
@@ -305,11 +308,9 @@ class Training:
         if s.resume and (s.out / LAST).exists():
             self.load(s.out / LAST)
         self.accelerator.init_trackers("tensorboard")
-        self.console.print(
-            f"{s.model}, {s.skip or 'unskipped'}, {self.accelerator.num_processes} x "
-            f"{self.accelerator.device}; "
-            + ", ".join(f"{name} {about[name]}" for name in ("torch", "timm", "CPU"))
-        )
+        said = ", ".join(f"{name} {about[name]}" for name in ("torch", "timm", "CPU"))
+        where = f"{self.accelerator.num_processes} x {self.accelerator.device.type}"
+        self.console.print(f"{s.model}, {s.config or 'unskipped'}, {where}; {said}", soft_wrap=True)
         with self._ctrl_c(), self._progress() as progress:
             while self.epoch < s.epochs:
                 stop = self._epoch(progress)
@@ -390,12 +391,15 @@ class Training:
         *steps, (stop, _) = self.accelerator.reduce(table, "mean").tolist()
         for step, (loss, hits) in enumerate(steps, self.updates - len(steps) + 1):
             if not math.isfinite(loss):
-                last = self.settings.out / LAST
-                good = f"the last good checkpoint is {last}" if last.exists() else "none was saved"
-                raise ValueError(f"the loss is {loss} at step {step}, epoch {self.epoch}; {good}")
+                raise self._diverged(f"the loss is {loss} at step {step}, epoch {self.epoch}")
             self.sums[0] += loss
             self.sums[1] += hits
         return stop > 0
+
+    def _diverged(self, what: str) -> ValueError:
+        last = self.settings.out / LAST
+        good = f"the last good checkpoint is {last}" if last.exists() else "none was saved"
+        return ValueError(f"{what}; {good}")
 
     def _said(self) -> str:
         loss, hits, seconds = self.sums
@@ -441,9 +445,8 @@ class Training:
         self.save()
         values = {name: v for name, v in row.items() if name not in ("epoch", "skip")}
         self.accelerator.log(values, step=row["epoch"])
-        self.console.print(
-            f"epoch {row['epoch']}: " + ", ".join(f"{name} {v:.4g}" for name, v in values.items())
-        )
+        said = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.console.print(f"epoch {row['epoch']}: {said}", soft_wrap=True)
 
     def _validated(self) -> Any:
         """The model that is validated: the average where there is one."""
@@ -469,6 +472,9 @@ class Training:
 
     def save(self) -> None:
         """Everything that the rest of the training depends on; a kill leaves the one before."""
+        if not math.isfinite(get_total_norm(list(self.model.parameters()))):
+            # The loss was finite still: the step behind it was the one that diverged.
+            raise self._diverged(f"the weights are not finite after step {self.updates}")
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 from torch.utils.data import Dataset, IterableDataset
 
-log = logging.getLogger(__name__)
 NEIGHBOURS = 10  # pictures tried in the place of one that cannot be read
 
 
@@ -45,8 +44,8 @@ class Pictures(Dataset):
         dataset: made by timm's create_dataset: a folder, tar files, a data set of the hub.
         seed: of the training.
         num_classes: labels must be below.
-        stop: raise `BadPicture` on a picture that cannot be read, rather than name it in the log
-            and take the next one.
+        stop: raise `BadPicture` on a picture that cannot be read, rather than name it on stderr and
+            take the next one.
     """
 
     def __init__(self, dataset: Any, seed: int, num_classes: int, *, stop: bool) -> None:
@@ -70,7 +69,7 @@ class Pictures(Dataset):
                 reason = f"{name} cannot be read as a picture: {error}"
                 if self.stop:
                     raise BadPicture(reason) from error
-                log.warning("skipped: %s", reason)
+                print(f"skipped: {reason}", file=sys.stderr, flush=True)
         else:
             raise BadPicture(f"{NEIGHBOURS} in a row cannot be read; {reason}")
         check_label(int(label), self.num_classes, name)
@@ -88,18 +87,17 @@ def open_split(
     root: str, name: str, split: str, *, training: bool, batch_size: int, seed: int
 ) -> Any:
     """A split as timm opens it, or a ValueError in one line."""
-    if "/" not in name and not Path(root).exists():
+    if name.partition("/")[0] not in ("", "hfds", "hfids", "wds", "tfds"):
+        raise ValueError(f'dataset must be "", "hfds/", "hfids/", "wds/" or "tfds/", got {name!r}')
+    if not name and not Path(root).exists():
         raise ValueError(f"data must be a folder or a tar file, got {root}, which is not there")
     try:
-        found = create_dataset(
+        return create_dataset(
             name, root, split, is_training=training, batch_size=batch_size, seed=seed
         )
     except (AssertionError, ImportError, OSError, RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"data {root} cannot be opened: {reason or error!r}") from error
-    if not hasattr(found, "reader"):
-        raise ValueError(f'dataset must be "", "hfds/", "hfids/", "wds/" or "tfds/", got {name!r}')
-    return found
 
 
 def class_names(dataset: Any) -> list[str] | None:
