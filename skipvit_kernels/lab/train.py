@@ -8,18 +8,16 @@ import functools
 import itertools
 import math
 import os
-import re
 import shutil
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import timm
+import tensorboard  # noqa: F401  (where it is missing accelerate leaves its logs out)
 import torch
 from accelerate import Accelerator, DistributedType, skip_first_batches
 from rich import box
@@ -27,7 +25,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from timm.data import Mixup, resolve_data_config
-from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask
@@ -37,138 +34,12 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import IterableDataset
 
 from skipvit_kernels.lab import machine, report, train_data
-from skipvit_kernels.lab.bench import at_least
-from skipvit_kernels.skipping.config import Patches, SkipConfig
-from skipvit_kernels.skipping.patch import is_patched, patch, set_epoch, unpatch
+from skipvit_kernels.lab.train_settings import LAST, Settings, make_model, told
+from skipvit_kernels.skipping.patch import patch, set_epoch, unpatch
 
-LAST, BEST = "last.pth", "best.pth"
+BEST = "best.pth"
+NOTHING = {"loss": 0.0, "hits": 0.0, "seconds": 0.0, "steps": 0}  # of an epoch, to be summed up
 READ_STEPS = 10  # steps between two looks at the losses, for which a GPU has to be waited for
-RAMP_STAIRS = 4  # of EViT's ramp, which changes the number of tokens with every step
-# May differ between a training and its resumption.
-OF_A_RUN = {"out", "resume", "workers", "checkpoint_steps", "cpu", "stop_on_bad"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Of a training; `skipvit train --help` has them in words.
-
-    Attributes:
-        data: folder with a folder for each split and in those one for each class, a tar file; or
-            what timm's create_dataset takes as root beside `dataset`.
-        model: a timm model's name.
-        out: folder for checkpoints and logs.
-        skip: in the notation of `SkipConfig`; "" drops nothing.
-        warmup_epochs: without dropping; None: the configuration's.
-        ramp_epochs: after them, in which the share that is dropped rises along EViT's cosine.
-        finish_dense: last epochs, without dropping.
-        val_split: "" trains without validation.
-        val_data: where it lies, default `data`.
-        batch_size: images of a forward of all processes together.
-        accumulate: batches of an optimizer's step.
-        fine_tune: a checkpoint to begin from; its head is kept where it has as many classes.
-        teacher: "self": also learn from the logits of the model as it began, without skipping.
-        ema: decay of a moving average of the weights, which is then what is validated.
-        ..._args: further options of timm's create_model, create_optimizer_v2, create_scheduler_v2,
-            create_classification_loss, create_loader (of the training: augmentation), Mixup, and
-            LogitDistillationTask.
-        mixed_precision: "no", "fp16", "bf16"; default accelerate's.
-        checkpoint_steps: also within an epoch, each so many steps of the optimizer.
-        resume: go on from the last checkpoint in `out`.
-        stop_on_bad: at a picture that cannot be read; default: it is named and left out.
-    """
-
-    data: str
-    model: str
-    out: Path
-    skip: str = ""
-    warmup_epochs: int | None = None
-    ramp_epochs: int = 0
-    finish_dense: int = 0
-    cls_only_last_block: bool = False
-    dataset: str = ""
-    train_split: str = "train"
-    val_split: str = "validation"
-    val_data: str | None = None
-    num_classes: int | None = None
-    img_size: int | None = None
-    epochs: int = 300
-    batch_size: int = 128
-    accumulate: int = 1
-    lr: float = 5e-4
-    lr_warmup_epochs: int = 5
-    opt: str = "adamw"
-    weight_decay: float = 0.05
-    sched: str = "cosine"
-    clip_grad: float | None = None
-    ema: float | None = None
-    fine_tune: Path | None = None
-    pretrained: bool = False
-    teacher: str | None = None
-    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    opt_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    sched_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    loss_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    augment_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    mixup_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    teacher_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    mixed_precision: str | None = None
-    cpu: bool = False
-    workers: int = 4
-    seed: int = 0
-    checkpoint_steps: int | None = None
-    resume: bool = False
-    stop_on_bad: bool = False
-
-    def __post_init__(self) -> None:
-        names = ("epochs", "batch_size", "accumulate", "img_size", "checkpoint_steps")
-        at_least(1, **{name: getattr(self, name) for name in names})
-        names = ("ramp_epochs", "finish_dense", "workers", "seed", "lr_warmup_epochs")
-        at_least(0, **{name: getattr(self, name) for name in names})
-        config = self.config
-        spent = config.warmup_epochs + self.ramp_epochs + self.finish_dense
-        if config.drop_at and spent > self.epochs:
-            raise ValueError(
-                "warmup_epochs, ramp_epochs and finish_dense must be at most the "
-                f"{self.epochs} epochs together, got {spent}"
-            )
-        if self.teacher not in (None, "self"):
-            raise ValueError(f'teacher must be "self", got {self.teacher!r}')
-        if self.teacher and not (self.fine_tune or self.pretrained):
-            raise ValueError("teacher self needs weights to begin from: fine_tune or pretrained")
-        if not timm.is_model(self.model):
-            raise ValueError(f"model must be a timm model's name, got {self.model!r}")
-        report.check_folder("out", self.out)
-        if (self.out / LAST).exists() and not self.resume:
-            raise ValueError(f"{self.out / LAST} is there: resume that, or take another out")
-
-    @property
-    def config(self) -> SkipConfig:
-        """What the training is for."""
-        config = SkipConfig.parse(self.skip, warmup_epochs=self.warmup_epochs)
-        cls = config.cls_only_last_block or self.cls_only_last_block
-        return dataclasses.replace(config, cls_only_last_block=cls)
-
-    def config_of(self, epoch: int) -> SkipConfig:
-        """What the model is patched with in an epoch: less in the ramp, nothing at the end."""
-        config = self.config
-        dense = SkipConfig(cls_only_last_block=config.cls_only_last_block)
-        if epoch >= self.epochs - self.finish_dense:
-            return dense
-        into = epoch - config.warmup_epochs
-        if not 0 <= into < self.ramp_epochs:
-            return config
-        risen = (1 - math.cos(math.pi * (into + 0.5) / self.ramp_epochs)) / 2
-        share = Fraction(round(RAMP_STAIRS * risen), RAMP_STAIRS)
-        ratios = tuple(
-            Patches(round(share * ratio.count)) if isinstance(ratio, Patches) else share * ratio
-            for ratio in config.drop_ratio
-        )
-        return dataclasses.replace(config, drop_ratio=ratios) if share else dense
-
-    def record(self) -> dict[str, str]:
-        """What a resumption must share, by name."""
-        found = dataclasses.asdict(self).items()
-        return {name: str(value) for name, value in found if name not in OF_A_RUN}
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
@@ -192,7 +63,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         # From a worker comes its traceback; what was said is the end of it.
         raise ValueError(str(error).rsplit("BadPicture: ", 1)[-1].strip()) from error
     except OSError as error:
-        raise ValueError(f"{settings.out}: {error}") from error
+        raise ValueError(str(error)) from error
 
 
 class Training:
@@ -222,7 +93,8 @@ class Training:
         teacher = None
         if settings.teacher:
             teacher = copy.deepcopy(model).requires_grad_(False).to(accelerator.device)
-        patch(model, settings.config_of(0))
+        self.patched = settings.config_of(0)
+        patch(model, self.patched)
         self.loader = self._loader(train, model, num_classes, training=True)
         self.val_loader = None
         if val is not None:
@@ -243,11 +115,11 @@ class Training:
             "opt, opt_args", create_optimizer_v2, model, opt=settings.opt, lr=settings.lr,
             weight_decay=settings.weight_decay, **settings.opt_args,
         )  # fmt: skip
-        self.steps = math.ceil(len(self.loader) / accelerator.gradient_accumulation_steps)
+        steps = math.ceil(len(self.loader) / accelerator.gradient_accumulation_steps)
         self.scheduler, _ = told(
             "sched, sched_args", create_scheduler_v2, self.optimizer, sched=settings.sched,
             num_epochs=settings.epochs, warmup_epochs=settings.lr_warmup_epochs,
-            step_on_epochs=False, updates_per_epoch=self.steps, **settings.sched_args,
+            step_on_epochs=False, updates_per_epoch=steps, **settings.sched_args,
         )  # fmt: skip
         self.ema = None if settings.ema is None else ModelEmaV3(model, decay=settings.ema)
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
@@ -259,9 +131,9 @@ class Training:
             else told("loss_args, teacher_args", LogitDistillationTask, self.model, teacher,
                       **options | settings.teacher_args)
         )  # fmt: skip
-        self.epoch = self.batch = self.updates = 0
-        # Of the running epoch: sums of loss and hits over its steps, and its seconds.
-        self.sums = [0.0, 0.0, 0.0]
+        # Batches are of the running epoch, updates (steps) and those that skipped of all.
+        self.epoch = self.batch = self.updates = self.skipped = 0
+        self.sums: dict[str, float] = dict(NOTHING)
         self.rows: list[dict[str, Any]] = []
         self.stop = False
 
@@ -289,13 +161,10 @@ class Training:
         else:
             dataset = train_data.Pictures(dataset, s.seed, num_classes, stop=s.stop_on_bad)
         size = {"img_size": s.img_size} if s.img_size else {}
-        data = resolve_data_config(size, model=model)
-        data = data | {"is_training": training, "batch_size": s.batch_size} | (
-            s.augment_args if training else {}
-        )  # fmt: skip
+        options = resolve_data_config(size, model=model) | (s.augment_args if training else {})
         return told(
             "augment_args", train_data.make_loader, dataset, self.accelerator, seed=s.seed,
-            num_workers=s.workers, **data,
+            num_workers=s.workers, batch_size=s.batch_size, is_training=training, **options,
         )  # fmt: skip
 
     @property
@@ -310,7 +179,9 @@ class Training:
         self.accelerator.init_trackers("tensorboard")
         said = ", ".join(f"{name} {about[name]}" for name in ("torch", "timm", "CPU"))
         where = f"{self.accelerator.num_processes} x {self.accelerator.device.type}"
-        self.console.print(f"{s.model}, {s.config or 'unskipped'}, {where}; {said}", soft_wrap=True)
+        self.console.print(
+            f"{s.model}, {str(s.config) or 'unskipped'}, {where}; {said}", soft_wrap=True
+        )
         with self._ctrl_c(), self._progress() as progress:
             while self.epoch < s.epochs:
                 stop = self._epoch(progress)
@@ -323,10 +194,8 @@ class Training:
     def _epoch(self, progress: Progress) -> bool:
         """Train on the batches of the epoch that are left; whether to stop behind it."""
         s, accelerator = self.settings, self.accelerator
-        models = [self.unwrapped, *([self.ema.module] if self.ema else [])]
-        for model in models:
-            skip(model, s.config_of(self.epoch), self.epoch)
-        train_data.seed(s.seed, self.epoch, accelerator.process_index)
+        self._skip()
+        self._seed(self.batch)  # of the workers of shards; other pictures have their own
         self.loader.set_epoch(self.epoch)
         if isinstance(self.loader.dataset, train_data.Pictures):
             self.loader.dataset.epoch.fill_(self.epoch)
@@ -335,7 +204,7 @@ class Training:
         self.model.train()
         parts: list[Tensor] = []  # loss and hits of the batches of a step
         found: list[Tensor] = []  # and of the steps that were not yet looked at
-        start = time.perf_counter()
+        stop, start = False, time.perf_counter()
         for images, labels in left:
             self._seed(self.batch)
             targets = labels
@@ -360,21 +229,32 @@ class Training:
                 self.scheduler.step_update(self.updates)
             if self.ema:
                 self.ema.update(self.unwrapped, step=self.updates)
-            step = self.updates - self.epoch * self.steps
+            self.skipped += self._skips()
+            self.sums["steps"] += 1
+            step, last = self.sums["steps"], accelerator.gradient_state.end_of_dataloader
             save = s.checkpoint_steps is not None and step % s.checkpoint_steps == 0
             alone = accelerator.num_processes == 1
-            if save or step % READ_STEPS == 0 or step == self.steps or (self.stop and alone):
+            if save or last or step % READ_STEPS == 0 or (self.stop and alone):
                 stop = self._read(found)
                 found.clear()
-                self.sums[2] += time.perf_counter() - start
+                self.sums["seconds"] += time.perf_counter() - start
                 start = time.perf_counter()
                 progress.update(task, completed=self.batch, said=self._said())
-                if (save or stop) and step < self.steps:
+                if (save or stop) and not last:
                     self.save()
                     if stop:
                         raise KeyboardInterrupt
         progress.remove_task(task)
         return stop
+
+    def _skip(self) -> None:
+        """Have the model, and its average, skip as the epoch wants it."""
+        config = self.settings.config_of(self.epoch)
+        for model in (self.unwrapped, *([self.ema.module] if self.ema else [])):
+            if config != self.patched:
+                patch(unpatch(model), config)
+            set_epoch(model, self.epoch)
+        self.patched = config
 
     def _seed(self, batch: int) -> None:
         """Before a forward: what it draws is of this batch alone."""
@@ -391,52 +271,49 @@ class Training:
         *steps, (stop, _) = self.accelerator.reduce(table, "mean").tolist()
         for step, (loss, hits) in enumerate(steps, self.updates - len(steps) + 1):
             if not math.isfinite(loss):
-                raise self._diverged(f"the loss is {loss} at step {step}, epoch {self.epoch}")
-            self.sums[0] += loss
-            self.sums[1] += hits
+                raise self._diverged(f"the loss is {loss} at step {step}")
+            self.sums["loss"] += loss
+            self.sums["hits"] += hits
+        if not math.isfinite(get_total_norm(list(self.model.parameters()))):
+            # The next loss would tell, but a checkpoint may be written before it.
+            raise self._diverged(f"the weights are not finite after step {self.updates}")
         return stop > 0
 
     def _diverged(self, what: str) -> ValueError:
         last = self.settings.out / LAST
         good = f"the last good checkpoint is {last}" if last.exists() else "none was saved"
-        return ValueError(f"{what}; {good}")
+        return ValueError(f"{what}, epoch {self.epoch}; {good}")
 
     def _said(self) -> str:
-        loss, hits, seconds = self.sums
-        steps = self.updates - self.epoch * self.steps
-        skipped = self._skipped() + steps * self._skips()
+        loss, hits, seconds, steps = self.sums.values()
         return (
             f"{self.batch * self.settings.batch_size / seconds:.1f} images/s  "
             f"loss {loss / steps:.3f}  top-1 {hits / steps:.1%}  "
-            f"skipped {skipped / self.updates:.0%} of steps"
+            f"skipped {self.skipped / self.updates:.0%} of steps"
         )
 
     def _skips(self) -> bool:
-        config = self.settings.config_of(self.epoch)
-        return bool(config.drop_at) and self.epoch >= config.warmup_epochs
-
-    def _skipped(self) -> int:
-        """Steps of the epochs before this one that skipped."""
-        return self.steps * sum(row["skips"] for row in self.rows)
+        """Whether the steps of this epoch do."""
+        return bool(self.patched.drop_at) and self.epoch >= self.patched.warmup_epochs
 
     def _end_epoch(self) -> None:
         """Validate, write and go on to the next."""
         s = self.settings
-        loss, hits, seconds = self.sums
-        config, skips = s.config_of(self.epoch), self._skips()
+        loss, hits, seconds, steps = self.sums.values()
+        skips = str(dataclasses.replace(self.patched, warmup_epochs=0))
         row = {
             "epoch": self.epoch,
-            "skip": str(dataclasses.replace(config, warmup_epochs=0)) if skips else "unskipped",
-            "skips": int(skips),
+            "skip": skips if self._skips() else "unskipped",
             "lr": self.optimizer.param_groups[0]["lr"],
-            "loss": loss / self.steps,
-            "top1": hits / self.steps,
+            "loss": loss / steps,
+            "top1": hits / steps,
             **self._validate(),
             "images_per_second": self.batch * s.batch_size / seconds,
+            "steps_skipped": self.skipped / self.updates,
         }
         best = max((r.get("val_top1", 0.0) for r in self.rows), default=-1.0)
         self.rows.append(row)
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, [0.0, 0.0, 0.0]
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, dict(NOTHING)
         if self.accelerator.is_main_process:
             write(s.out / "log.csv", lambda path: report.write_csv(path, self.rows))
             if row.get("val_top1", best) > best:
@@ -472,9 +349,6 @@ class Training:
 
     def save(self) -> None:
         """Everything that the rest of the training depends on; a kill leaves the one before."""
-        if not math.isfinite(get_total_norm(list(self.model.parameters()))):
-            # The loss was finite still: the step behind it was the one that diverged.
-            raise self._diverged(f"the weights are not finite after step {self.updates}")
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
@@ -484,7 +358,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "settings": self.settings.record(),
-            "at": [self.epoch, self.batch, self.updates],
+            "at": [self.epoch, self.batch, self.updates, self.skipped],
             "sums": self.sums,
             "rows": self.rows,
         }
@@ -511,7 +385,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.batch, self.updates = state["at"]
+        self.epoch, self.batch, self.updates, self.skipped = state["at"]
         self.sums, self.rows = state["sums"], state["rows"]
 
     @contextmanager
@@ -533,54 +407,6 @@ class Training:
         columns = (TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn(),
                    TextColumn("{task.fields[said]}"))  # fmt: skip
         return Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-
-
-def told(what: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What the call returns, or a ValueError in one line that says what its options came from."""
-    try:
-        return call(*args, **options)
-    except Exception as error:  # timm and torch raise a dozen kinds, assertions among them
-        text = " ".join(str(error).split()) or repr(error)
-        # torch names every key of a checkpoint that does not fit: the first three of each list.
-        text = re.sub(r'("[^"]+"(?:, "[^"]+"){2})(?:, "[^"]+")+', r"\1, ...", text)
-        raise ValueError(f"{what}: {text:.600}") from error
-
-
-def make_model(settings: Settings, num_classes: int) -> Any:
-    """The model with weights to begin from, and a new head where theirs has other classes."""
-    size = {"img_size": settings.img_size} if settings.img_size else {}
-    options = size | settings.model_args
-    if settings.fine_tune is None and not settings.pretrained:
-        create = functools.partial(timm.create_model, settings.model)
-        return told("model, model_args", create, num_classes=num_classes, **options)
-    source, given = "pretrained", timm.get_pretrained_cfg(settings.model)
-    overlay: dict[str, Any] = {}
-    had = given.num_classes if given else num_classes
-    if settings.fine_tune is not None:
-        source = f"{settings.fine_tune} cannot be loaded into the model"
-        state = told(source, load_state_dict, str(settings.fine_tune))
-        heads: Any = given.classifier if given else "head"
-        head = state.get(f"{heads if isinstance(heads, str) else heads[0]}.weight")
-        had = num_classes if head is None else len(head)
-        overlay = {"file": str(settings.fine_tune), "num_classes": had, "custom_load": False}
-    model = told(
-        source, timm.create_model, settings.model, pretrained=True,
-        pretrained_cfg_overlay=overlay, num_classes=had, **options,
-    )  # fmt: skip
-    if had != num_classes:
-        if settings.teacher:
-            raise ValueError(
-                f"teacher self needs weights of the data's {num_classes} classes, got {had}"
-            )
-        model.reset_classifier(num_classes)
-    return model
-
-
-def skip(model: nn.Module, config: SkipConfig, epoch: int) -> None:
-    """Patch a model for an epoch."""
-    if is_patched(model):
-        unpatch(model)
-    set_epoch(patch(model, config), epoch)
 
 
 def write(path: Path, to: Callable[[Path], Any]) -> None:
