@@ -13,13 +13,10 @@ in the folder and is not measured again: accuracy.csv, seconds.csv. Then it writ
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import itertools
-import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ import timm
 import torch
 from frontier_settings import all_settings
 from PIL import Image
+from results import append_csv, data_folder, read_csv
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_checkpoint
 from torch import Tensor, nn
@@ -41,16 +39,6 @@ WEIGHTS, PICTURES = "deit_tiny_patch16_224.safetensors", "imagenet_sample1000_25
 BATCH = 32  # of the speeds; accuracy does not depend on it
 
 # ------------------------------------------------------------------------------------ data
-
-
-def data_folder(parser: argparse.ArgumentParser, given: Path | None) -> Path:
-    """Where the weights and the pictures are; ends the program where they are not."""
-    folder = given or (Path(os.environ["SKIPVIT_DATA"]) if "SKIPVIT_DATA" in os.environ else None)
-    if folder is None:
-        parser.error(f"needs --data or SKIPVIT_DATA: a folder with {WEIGHTS} and {PICTURES}")
-    if lacking := [name for name in (WEIGHTS, PICTURES) if not (folder / name).exists()]:
-        parser.error(f"{folder} lacks {' and '.join(lacking)}")
-    return folder
 
 
 def load_model(folder: Path) -> Any:
@@ -133,20 +121,6 @@ def measure_speed(model: Any, folder: Path, path: Path, rounds: int) -> None:
         append_csv(path, names, [f"{times.best(name):.6f}" for name in names])
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append_csv(path: Path, columns: Sequence[str], row: Sequence[Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([columns, row] if new else [row])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -157,7 +131,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of torch, for the speeds")
     parser.add_argument("--accuracy-only", action="store_true", help="leave the speeds for later")
     args = parser.parse_args()
-    folder = data_folder(parser, args.data)
+    folder = data_folder(parser, args.data, (WEIGHTS, PICTURES))
     check_folder("out", args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     model = load_model(folder)

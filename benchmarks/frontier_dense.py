@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from frontier import BATCH, centre, data_folder, load_model, load_pictures, normalised
+from frontier import BATCH, PICTURES, WEIGHTS, centre, load_model, load_pictures, normalised
 from matplotlib.figure import Figure
 from PIL import Image
+from results import data_folder
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from tqdm import tqdm
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of weights and pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder of the page")
     args = parser.parse_args()
-    folder = data_folder(parser, args.data)
+    folder = data_folder(parser, args.data, (WEIGHTS, PICTURES))
     check_folder("out", args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     model = load_model(folder)

@@ -69,9 +69,8 @@ def write(folder: Path, *, command: str) -> None:
         columns = "method", "setting", "top1", "top5", "change", "standard_error", "speedup"
         writer.writerow(columns)
         for row in rows:
-            values = (row.top1, row.top5, row.change, row.error)
-            cells = [*(f"{value:.2f}" for value in values), f"{row.speedup:.3f}"]
-            writer.writerow([row.setting.group, str(row.setting), *cells])
+            values = [f"{v:.2f}" for v in (row.top1, row.top5, row.change, row.error)]
+            writer.writerow([row.setting.group, str(row.setting), *values, f"{row.speedup:.3f}"])
     chart(rows).savefig(folder / "frontier.png")
     lines = ["# Top-1 against measured speed: DeiT-tiny off the shelf", "", f"    {command}", ""]
     lines += [f"- {name}: {value}" for name, value in machine.versions().items()]

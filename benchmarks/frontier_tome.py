@@ -39,8 +39,8 @@ class ToMe(nn.Module):
             if self.cls_only and layer == len(model.blocks):
                 x = ViT.attend_rows(block, x, context, 1)
             else:
-                x, _, keys, _ = ViT.attend(block, x, context)
-                x, sizes = merge(x, keys, sizes, self.r)
+                attended = ViT.attend(block, x, context)
+                x, sizes = merge(attended.x, attended.k, sizes, self.r)
             x = ViT.feed(block, x)
         return model.forward_head(model.norm(x))
 

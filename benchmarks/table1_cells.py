@@ -1,0 +1,108 @@
+"""The cells of the study of Table 1: what is trained, at which scale, from which seed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+SEEDS = 3
+PARTS = 20  # of a training: what `set_epoch` counts in it, so that a part is 5 % of the epochs
+WARMUP = 1  # parts without skipping; the paper's 15 epochs, were there 300 of them
+
+SKIPPED = (
+    *("4,7(30%,30%)+10", "4,7(30%,30%)+11", "5,8(35%,35%)+10", "5,8(35%,35%)+11"),
+    *("6(45%)+11", "6(50%)+11", "6(55%)+11"),
+)
+# The same tokens in every block as `6(55%)+11` has, chosen or brought back otherwise.
+CHANCE, MEAN, MERGE = (f"6(55%)+11:{word}" for word in ("score=random", "mean", "merge"))
+NEVER, FUSED, EVIT = "6(55%)", "6(45%)+fused", "4,7,10(30%,30%,30%)+fused"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a model skips while it trains: `skip` in SkipConfig's notation, after `warmup` parts."""
+
+    skip: str
+    warmup: int = WARMUP
+
+    def __str__(self) -> str:
+        if not self.skip:
+            return "unpatched"
+        return self.skip if self.warmup == WARMUP else f"{self.skip}, warm-up {self.warmup}"
+
+
+TELLING = tuple(map(Training, ("", "6(55%)+11", CHANCE, MERGE, NEVER)))
+EVERY = (
+    *TELLING,
+    *(Training(skip) for skip in (*SKIPPED[:-1], FUSED, EVIT, MEAN)),
+    *(Training("6(55%)+11", warmup) for warmup in (0, 3)),
+)
+# Of which little is expected beyond `CHANCE` and the above: trained after everything else.
+LATER = (
+    *(Training(f"{skip}:score=random") for skip in SKIPPED[:-1]),
+    *(Training(SKIPPED[0], warmup) for warmup in (0, 3)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A model of 12 blocks, its data, and how long it trains.
+
+    Attributes:
+        name: in the tables.
+        data: "fashion": Fashion-MNIST, 28 x 28 grey; "imagenette": ten classes of ImageNet at
+            128 x 128.
+        patch: side of a patch, pixels.
+        width, heads: of the model.
+        images: that a training sees, in passes over the training set.
+        batch, lr: of a step of AdamW.
+        trainings: at this scale, each from SEEDS seeds.
+    """
+
+    name: str
+    data: str
+    patch: int
+    width: int
+    heads: int
+    images: int
+    trainings: tuple[Training, ...]
+    batch: int = 128
+    lr: float = 1e-3
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Channels and side of a picture."""
+        return (1, 28) if self.data == "fashion" else (3, 128)
+
+
+CPU = (
+    Scale("49 tokens", "fashion", 4, 48, 3, 40_000, EVERY + LATER, batch=64),
+    Scale("196 tokens", "fashion", 2, 48, 3, 20_000, TELLING, batch=64),
+    Scale("49 tokens, twice as wide", "fashion", 4, 96, 6, 40_000, TELLING, batch=64),
+)
+GPU = (
+    Scale("256 tokens", "imagenette", 8, 384, 6, 100 * 9_469, EVERY + LATER, lr=5e-4),
+    Scale("256 tokens, half as wide", "imagenette", 8, 192, 3, 100 * 9_469, TELLING, lr=5e-4),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training."""
+
+    scale: Scale
+    training: Training
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.scale.name}; {self.training}; seed {self.seed}"
+
+
+def cells(scales: tuple[Scale, ...]) -> list[Cell]:
+    """All, in the order in which they are trained: what the study needs most comes first."""
+    every = [
+        Cell(scale, training, seed)
+        for scale in scales
+        for training in scale.trainings
+        for seed in range(SEEDS)
+    ]
+    return sorted(every, key=lambda cell: cell.training in LATER)
