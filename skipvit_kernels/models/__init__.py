@@ -5,5 +5,6 @@ model = timm.create_model("stvit_deit_small_patch16_224")
 """
 
 from skipvit_kernels.models.stvit import STViT
+from skipvit_kernels.models.stvit_swin import STViTSwin
 
-__all__ = ["STViT"]
+__all__ = ["STViT", "STViTSwin"]

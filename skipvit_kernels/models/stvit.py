@@ -146,9 +146,10 @@ class MaxPool(nn.Module):
         x = F.adaptive_max_pool2d(x.permute(0, 1, 3, 5, 2, 4).flatten(0, 2), self.side)
         x = x.unflatten(0, (batch, rows, columns)).permute(0, 1, 4, 2, 5, 3)
         x = x.flatten(3, 4).flatten(1, 2)
-        return x[:, : self._cells(height, 0), : self._cells(width, 1)]
+        return x[:, : self.cells(height, 0), : self.cells(width, 1)]
 
-    def _cells(self, length: int, dim: int) -> int:
+    def cells(self, length: int, dim: int) -> int:
+        """How many semantic rows (dim 0) or columns (1) a grid of `length` of them gives."""
         whole, rest = divmod(length, self.window[dim])
         return whole * self.side + -(-rest * self.side // self.window[dim])
 
@@ -254,6 +255,12 @@ class SpatialPool(MaxPool):
         tokens = (moved * weights.flatten(1, 2).unsqueeze(1)).sum(-1)
         return tokens.transpose(1, 2).unflatten(1, (len(rows), -1)).to(x.dtype)
 
+    def cells(self, length: int, dim: int) -> int:
+        """How many semantic rows (dim 0) or columns (1) a grid of `length` of them gives."""
+        whole, rest = divmod(length, self.window[dim])
+        region, before, _ = self._padding(self.window[dim])
+        return whole * self.side + (-(-(rest + before) // region) if rest else 0)
+
     def _padding(self, window: int) -> tuple[int, int, int]:
         """A region's length, and the padding before and behind a window, along one side."""
         region = -(-window // self.side)
@@ -265,8 +272,7 @@ class SpatialPool(MaxPool):
         and which of them are patches of its window."""
         window = self.window[dim]
         region, before, behind = self._padding(window)
-        whole, rest = divmod(length, window)
-        num = whole * self.side + (-(-(rest + before) // region) if rest else 0)
+        num = self.cells(length, dim)
         within = torch.arange(-before, window + behind, device=device)
         starts = torch.arange(0, length, window, device=device)[:, None]
         inside = (within >= 0) & (within < window) & (starts + within < length)
@@ -402,6 +408,10 @@ class STViT(VisionTransformer):
         self.semantic_grid = semantic_grid
         for info in self.feature_info[base_depth:]:
             info["reduction"] = self.patch_embed.img_size[0] // semantic_grid
+
+    def no_weight_decay(self) -> set[str]:
+        """As timm's, and the global centres."""
+        return super().no_weight_decay() | {f"blocks.{self.base_depth + 1}.global_centres"}
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """As timm's. The number of semantic tokens stays; their regions grow with the grid."""
