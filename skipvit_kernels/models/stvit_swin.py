@@ -396,6 +396,8 @@ class STViTSwin(SwinTransformer):
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
         chosen = {"pool": pool, "shortcut": shortcut, "global_centres": global_centres}
         chosen = {name: value for name, value in chosen.items() if value is not None}
+        if pool not in (None, "spatial", "max"):
+            raise ValueError(f"pool must be 'spatial' or 'max', got {pool!r}")
         dd = {"device": device, "dtype": dtype}
         super().__init__(
             embed_dim=embed_dim,
