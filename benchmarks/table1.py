@@ -34,14 +34,16 @@ import table1_page
 import torch
 from PIL import Image
 from results import append_csv, data_folder
-from table1_cells import CPU, GPU, PARTS, Cell, Scale, cells
+from table1_cells import CPU, GPU, PARTS, STVIT, Cell, Scale, Training, cells
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import skipvit_kernels as sk
-from skipvit_kernels.lab import bench, report
+from skipvit_kernels import models
+from skipvit_kernels.lab import bench, clock, report
 
 FILES = {
     "cpu": tuple(
@@ -52,8 +54,12 @@ FILES = {
     "cuda": ("imagenette128_train.npz", "imagenette128_val.npz"),
 }
 COLUMNS = (
-    *("scale", "setting", "warmup", "seed", "top1", "top1_dense", "loss", "images", "skipped"),
-    "cpu_seconds",
+    *("scale", "setting", "warmup", "as_long", "seed"),
+    *("top1", "top1_dense", "loss", "images", "cpu_seconds"),
+)
+SPEEDS = (
+    *("config", "images_per_second", "paired_speedup", "ideal_speedup", "paired_overhead"),
+    "peak_memory",
 )
 
 # ------------------------------------------------------------------------------------ data
@@ -90,14 +96,14 @@ def normalised(pictures: Tensor) -> Tensor:
 
 
 def batches(pictures: Tensor, labels: Tensor, cell: Cell) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of passes over the pictures in an order of the seed's, shifted and mirrored."""
+    """Without an end: passes over the pictures in an order of the seed's, shifted and mirrored."""
     draw = torch.Generator().manual_seed(cell.seed)
     batch, side = cell.scale.batch, pictures.shape[-1]
     reach = side // 8
     orders = iter(lambda: torch.randperm(len(labels), generator=draw), None)
     chosen = itertools.chain.from_iterable(order.split(batch)[:-1] for order in orders)
     along = torch.arange(side)
-    for index in itertools.islice(chosen, cell.scale.images // batch):
+    for index in chosen:
         shift = torch.randint(0, 2 * reach + 1, (2, batch, 1), generator=draw)
         mirrored = torch.randint(0, 2, (batch, 1), generator=draw)
         rows = along + shift[0]
@@ -112,30 +118,46 @@ def batches(pictures: Tensor, labels: Tensor, cell: Cell) -> Iterator[tuple[Tens
 # -------------------------------------------------------------------------------- training
 
 
-def build(scale: Scale, seed: int) -> VisionTransformer:
+def build(scale: Scale, training: Training, seed: int) -> VisionTransformer:
+    """The model, patched where it is to be; the same weights for the same seed."""
     torch.manual_seed(seed)
     channels, side = scale.shape
-    return VisionTransformer(
+    make = models.STViT if training.skip == STVIT else VisionTransformer
+    model = make(
         img_size=side, patch_size=scale.patch, in_chans=channels, num_classes=10,
         embed_dim=scale.width, depth=12, num_heads=scale.heads, weight_init="jax",
     )  # fmt: skip
+    if training.patched:
+        sk.patch(model, training.skip, warmup_epochs=training.warmup)
+    return model
+
+
+def speedup(scale: Scale, training: Training) -> float:
+    """Of the whole training, by the arithmetic."""
+    flops = []
+    for skip in ("", training.skip):
+        model = build(scale, Training(skip, warmup=0), 0).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, scale.shape[0], *2 * scale.shape[1:]))
+        flops.append(counter.get_total_flops())
+    warmup = training.warmup / PARTS if training.patched else 0.0
+    return 1 / (warmup + (1 - warmup) * flops[1] / flops[0])
 
 
 def train(cell: Cell, folder: Path, device: str) -> list[Any]:
     """The cell's row of cells.csv."""
     scale, training = cell.scale, cell.training
     pictures, labels, *test = load(folder, device)
-    model = build(scale, cell.seed).to(device).train()
-    if training.skip:
-        sk.patch(model, training.skip, warmup_epochs=training.warmup)
-    steps = scale.images // scale.batch
+    model = build(scale, training, cell.seed).to(device).train()
+    factor = speedup(scale, training) if training.as_long else 1
+    steps = round(scale.images * factor) // scale.batch
     optimizer = torch.optim.AdamW(model.parameters(), scale.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, scale.lr, total_steps=steps, pct_start=0.1
     )
     losses = []
-    for step, (images, answers) in enumerate(batches(pictures, labels, cell)):
-        if training.skip:
+    for step, (images, answers) in zip(range(steps), batches(pictures, labels, cell), strict=False):
+        if training.patched:
             sk.set_epoch(model, step * PARTS // steps)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = F.cross_entropy(model(images), answers)
@@ -146,13 +168,12 @@ def train(cell: Cell, folder: Path, device: str) -> list[Any]:
         losses.append(loss.detach())
     model.eval()
     as_trained = accuracy(model, *test)
-    dense = accuracy(sk.unpatch(model), *test) if training.skip else as_trained
-    skipping = 1 - training.warmup / PARTS if training.skip else 0.0
+    dense = accuracy(sk.unpatch(model), *test) if training.patched else as_trained
     return [
-        *(scale.name, training.skip, training.warmup if training.skip else 0, cell.seed),
+        *(scale.name, *training.key, cell.seed),
         *(f"{share:.4f}" for share in (as_trained, dense)),
         f"{torch.stack(losses[-steps // PARTS :]).mean().item():.4f}",
-        *(steps * scale.batch, f"{skipping:.2f}", f"{time.process_time():.0f}"),
+        *(steps * scale.batch, f"{time.process_time():.0f}"),
     ]
 
 
@@ -177,17 +198,39 @@ def train_in_process(cell: Cell, args: argparse.Namespace, folder: Path) -> list
 
 
 def measure_speed(scale: Scale, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Training steps of every setting of the scale in turn, and of its floor."""
-    configs = tuple(dict.fromkeys(t.skip for t in scale.trainings if t.skip))
+    """Training steps of every setting of the scale in turn, and of its floor; then of STViT."""
+    configs = tuple(dict.fromkeys(t.skip for t in scale.trainings if t.patched))
     job = bench.Job(
         "small ViT", configs, scale.batch, training=True, device=args.device,
         bfloat16=args.device == "cuda", rounds=args.rounds,
     )  # fmt: skip
-    rows: list[bench.Measurement] = []
+    measured: list[bench.Measurement] = []
     with tqdm(total=job.num_calls, desc=scale.name, unit="step") as bar:
-        model = build(scale, 0).to(args.device).train()
-        bench.run(job, rows, model=model, on_call=bar.update)
-    return [{"scale": scale.name} | row.record() for row in report.without_floors(rows)]
+        model = build(scale, Training(""), 0).to(args.device).train()
+        bench.run(job, measured, model=model, on_call=bar.update)
+    rows = [{name: row.record()[name] for name in SPEEDS} for row in measured]
+    if any(training.skip == STVIT for training in scale.trainings):
+        rows.append(measure_stvit(scale, model, args))
+    return [{"scale": scale.name} | row for row in rows]
+
+
+def measure_stvit(scale: Scale, unpatched: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """STViT's training steps, and in turn with them those of the unpatched model."""
+    images = torch.randn(scale.batch, *scale.shape, scale.shape[1], device=args.device)
+    labels = torch.zeros(scale.batch, dtype=torch.int64, device=args.device)
+    stvit = build(scale, Training(STVIT), 0).to(args.device).train()
+    calls = {
+        name: clock.training_step(model, images, labels, bfloat16=args.device == "cuda")
+        for name, model in (("unpatched", unpatched), (STVIT, stvit))
+    }
+    times = clock.Times([])
+    clock.interleave(calls, times, rounds=args.rounds, warmup=2, device=args.device)
+    values = (
+        *(STVIT, scale.batch / times.best(STVIT), times.paired_ratio("unpatched", STVIT)),
+        *(speedup(scale, Training(STVIT)), None),
+        clock.peak_memory(calls[STVIT], device=args.device),
+    )
+    return dict(zip(SPEEDS, values, strict=True))
 
 
 def main() -> None:

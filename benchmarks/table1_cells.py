@@ -14,20 +14,38 @@ SKIPPED = (
 )
 # The same tokens in every block as `6(55%)+11` has, chosen or brought back otherwise.
 CHANCE, MEAN, MERGE = (f"6(55%)+11:{word}" for word in ("score=random", "mean", "merge"))
+STVIT = "STViT"
 NEVER, FUSED, EVIT = "6(55%)", "6(45%)+fused", "4,7,10(30%,30%,30%)+fused"
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a model skips while it trains: `skip` in SkipConfig's notation, after `warmup` parts."""
+    """How a model trains.
+
+    Attributes:
+        skip: in SkipConfig's notation; or "STViT": that model, of the same depths and widths, which
+            has no warm-up.
+        warmup: parts before it skips.
+        as_long: on as many more pictures as its steps are faster by the arithmetic: as long as the
+            unpatched model trains.
+    """
 
     skip: str
     warmup: int = WARMUP
+    as_long: bool = False
 
     def __str__(self) -> str:
-        if not self.skip:
-            return "unpatched"
-        return self.skip if self.warmup == WARMUP else f"{self.skip}, warm-up {self.warmup}"
+        warmup = "" if not self.patched or self.warmup == WARMUP else f", warm-up {self.warmup}"
+        return (self.skip or "unpatched") + warmup + (", as long" if self.as_long else "")
+
+    @property
+    def patched(self) -> bool:
+        return self.skip not in ("", STVIT)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Its columns of cells.csv."""
+        return self.skip, str(self.warmup if self.patched else 0), str(int(self.as_long))
 
 
 TELLING = tuple(map(Training, ("", "6(55%)+11", CHANCE, MERGE, NEVER)))
@@ -35,6 +53,11 @@ EVERY = (
     *TELLING,
     *(Training(skip) for skip in (*SKIPPED[:-1], FUSED, EVIT, MEAN)),
     *(Training("6(55%)+11", warmup) for warmup in (0, 3)),
+)
+# The systems at equal time; at equal pictures they are above.
+SYSTEMS = (
+    Training(STVIT),
+    *(Training(skip, as_long=True) for skip in ("6(55%)+11", EVIT, MERGE, STVIT)),
 )
 # Of which little is expected beyond `CHANCE` and the above: trained after everything else.
 LATER = (
@@ -75,12 +98,12 @@ class Scale:
 
 
 CPU = (
-    Scale("49 tokens", "fashion", 4, 48, 3, 40_000, EVERY + LATER, batch=64),
+    Scale("49 tokens", "fashion", 4, 48, 3, 40_000, EVERY + SYSTEMS + LATER, batch=64),
     Scale("196 tokens", "fashion", 2, 48, 3, 20_000, TELLING, batch=64),
     Scale("49 tokens, twice as wide", "fashion", 4, 96, 6, 40_000, TELLING, batch=64),
 )
 GPU = (
-    Scale("256 tokens", "imagenette", 8, 384, 6, 100 * 9_469, EVERY + LATER, lr=5e-4),
+    Scale("256 tokens", "imagenette", 8, 384, 6, 100 * 9_469, EVERY + SYSTEMS + LATER, lr=5e-4),
     Scale("256 tokens, half as wide", "imagenette", 8, 192, 3, 100 * 9_469, TELLING, lr=5e-4),
 )
 

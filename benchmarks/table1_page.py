@@ -9,12 +9,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from results import read_csv
-from table1_cells import PARTS, SEEDS, TELLING, Cell, Scale, Training, cells
+from table1_cells import PARTS, SEEDS, STVIT, TELLING, Cell, Scale, Training, cells
 
 from skipvit_kernels.lab import machine
 from skipvit_kernels.lab.report import BLUE, GREEN, GREY, ORANGE, markdown
 from skipvit_kernels.skipping.config import SkipConfig
 
+PINK = "#CC79A7"
 HEADER = (
     *("setting", "seeds", "top-1", "change", "without skipping", "training step", "ideal"),
     *("whole training", "peak memory"),
@@ -45,7 +46,7 @@ class Row:
         """The speed-up of the training, whose warm-up does not skip."""
         if self.speedup is None:
             return None
-        share = self.training.warmup / PARTS if self.training.skip else 1
+        share = self.training.warmup / PARTS if self.training.patched else 0.0
         return 1 / (share + (1 - share) / self.speedup)
 
     def cells(self) -> list[str]:
@@ -55,7 +56,7 @@ class Row:
         change = spread(self.change, "{:+.2f}") if self.training.skip else ""
         return [
             *(str(self.training), str(len(self.top1)), spread(self.top1), change),
-            *(spread(self.dense) if self.training.skip else "", factor(self.speedup)),
+            *(spread(self.dense) if self.training.patched else "", factor(self.speedup)),
             *(factor(self.ideal), factor(self.whole), factor(self.peak_memory, "{:.0%}")),
         ]
 
@@ -69,19 +70,12 @@ def spread(values: Sequence[float], text: str = "{:.2f}") -> str:
 def finished(path: Path, scales: Sequence[Scale]) -> dict[Cell, dict[str, str]]:
     """What cells.csv has of these scales."""
     rows = {
-        (row["scale"], row["setting"], int(row["warmup"]), int(row["seed"])): row
+        tuple(row[name] for name in ("scale", "setting", "warmup", "as_long", "seed")): row
         for row in read_csv(path)
     }
-    keys = {
-        cell: (
-            cell.scale.name,
-            cell.training.skip,
-            cell.training.warmup if cell.training.skip else 0,
-            cell.seed,
-        )
-        for cell in cells(tuple(scales))
-    }
-    return {cell: rows[key] for cell, key in keys.items() if key in rows}
+    every = cells(tuple(scales))
+    keys = [(cell.scale.name, *cell.training.key, str(cell.seed)) for cell in every]
+    return {cell: rows[key] for cell, key in zip(every, keys, strict=True) if key in rows}
 
 
 def rows_of(
@@ -151,6 +145,8 @@ def write(folder: Path, scales: Sequence[Scale]) -> None:
 
 
 def colour(training: Training) -> str:
+    if training.skip == STVIT:
+        return PINK
     config = SkipConfig.parse(training.skip)
     if config.scorer == "random":
         return ORANGE
@@ -163,7 +159,7 @@ def chart(tables: dict[Scale, list[Row]]) -> Figure:
     for axes, (scale, rows) in zip(grid, tables.items(), strict=False):
         axes.axhline(0, color=GREY, linewidth=1)
         for row in rows:
-            if not row.training.skip or row.whole is None or not row.change:
+            if row.training.as_long or not row.training.skip or row.whole is None or not row.change:
                 continue
             bar = statistics.stdev(row.change) if len(row.change) > 1 else 0
             mean = statistics.mean(row.change)
