@@ -224,6 +224,8 @@ def build(job: Job, *, pretrained: bool = False) -> Any:
     """
     import timm
 
+    import skipvit_kernels.models  # noqa: F401  (registers its models with timm)
+
     if not timm.is_model(job.model):
         close = difflib.get_close_matches(job.model, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""

@@ -14,6 +14,7 @@ from typing import Any
 import timm
 from timm.models import load_state_dict
 
+import skipvit_kernels.models  # noqa: F401  (registers its models with timm)
 from skipvit_kernels.lab import report
 from skipvit_kernels.lab.bench import at_least
 from skipvit_kernels.skipping.config import Patches, SkipConfig

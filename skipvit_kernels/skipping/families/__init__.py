@@ -82,13 +82,15 @@ def of_class(kind: type) -> type[Family]:
     Raises:
         ValueError: where there is none, or a subclass has a forward of its own, naming the class.
     """
+    reason = None
     for place, base in enumerate(kind.__mro__):
+        if reason := refused.reason(base):
+            break
         for row in ROWS:
             if class_name(base) in row.models:
                 _check_overrides(kind, kind.__mro__[:place], base)
                 return _load(row)
     known = ", ".join(name.rpartition(".")[2] for row in ROWS for name in row.models)
-    reason = next((why for base in kind.__mro__ if (why := refused.reason(base))), None)
     raise ValueError(
         f"model must be a timm {known}, got {kind.__name__}: "
         + (reason or "its blocks are not known to run on a subset of the tokens")

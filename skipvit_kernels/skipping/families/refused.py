@@ -1,4 +1,4 @@
-"""timm's transformers that no patch can make skip tokens, and why."""
+"""Transformers that no patch can make skip tokens, and why: timm's, and this package's models."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ _CLASSES = {
     "half of its attention is by place in the whole grid, and CLS joins late": ("ConVit",),
     "it attends at two scales, whose patches do not stand for each other": ("CrossVit",),
     "each patch has a transformer of its own pixels, which would have to skip with it": ("TNT",),
+    "its semantic tokens take the place of the patches": ("STViT", "STViTSwin"),
     f"its attention is between channels, and {_CONVOLUTIONS.removeprefix('its ')}": ("Xcit",),
 }
 REASONS = {name: reason for reason, names in _CLASSES.items() for name in names}
 
 
 def reason(kind: type) -> str | None:
-    """Why a class of timm's models is refused; None where it is not known."""
-    return REASONS.get(kind.__name__) if kind.__module__.startswith("timm.models.") else None
+    """Why a class of models is refused; None where it is not known."""
+    known = kind.__module__.startswith(("timm.models.", "skipvit_kernels.models."))
+    return REASONS.get(kind.__name__) if known else None
