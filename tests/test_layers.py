@@ -31,7 +31,8 @@ MAY = {
         "skipping.run",
     ),
     "skipping": ("ops", "skipping"),
-    "lab": ("", "ops", "backends", "skipping"),
+    "models": ("ops",),
+    "lab": ("", "ops", "backends", "skipping", "models"),
     "cli": ("", "lab", "skipping"),
     "__main__": ("cli",),
     "": ("backends", "ops", "skipping", "lab.advise"),  # the last when it is asked for
@@ -75,12 +76,12 @@ def test_arrows_never_point_back():
     assert back == []
 
 
-def test_only_families_know_timm_and_methods_know_no_model():
+def test_only_families_and_models_know_timm_and_methods_know_no_model():
     knowing = {
         str(path.relative_to(ROOT))
         for path in ROOT.rglob("*.py")
         if any(name.partition(".")[0] == "timm" for name in imports(path))
-        and path.parent.name != "families"
+        and path.parent.name not in ("families", "models")
     }
     assert knowing == {
         "lab/bench.py",
