@@ -16,8 +16,8 @@ WINDOW = 7
 class Plain:
     """Operations on named parameters."""
 
-    def __init__(self, state, eps):
-        self.state, self.eps = state, eps
+    def __init__(self, state, eps, layer_scale):
+        self.state, self.eps, self.layer_scale = state, eps, layer_scale
 
     def has(self, name):
         return name in self.state
@@ -31,13 +31,14 @@ class Plain:
         scaled = centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
         return scaled * self.state[f"{name}.weight"] + self.state[f"{name}.bias"]
 
-    def scale(self, x, name):
-        """LayerScale, where the block has one."""
-        return x * self.state[f"{name}.gamma"] if self.has(f"{name}.gamma") else x
+    def scale(self, x, name, branch):
+        """LayerScale: on a Swin trunk, of every block that has q and kv apart."""
+        scaled = self.layer_scale and self.has(f"{name}.attn.q.weight")
+        return x * self.state[f"{name}.ls{branch}.gamma"] if scaled else x
 
     def feed(self, x, name):
         hidden = gelu(self.linear(self.norm(x, f"{name}.norm2"), f"{name}.mlp.fc1"))
-        return x + self.scale(self.linear(hidden, f"{name}.mlp.fc2"), f"{name}.ls2")
+        return x + self.scale(self.linear(hidden, f"{name}.mlp.fc2"), name, 2)
 
     def read(self, tokens, keys, name, heads, bias=None):
         """What tokens (B, M, C) read from keys (B, N, C), both not yet normalised; (B, M, C).
@@ -58,7 +59,7 @@ class Plain:
             if bias is not None:
                 logits = logits + bias[..., head]
             outs.append(logits.softmax(-1) @ v[..., own])
-        return self.scale(self.linear(torch.cat(outs, -1), f"{name}.attn.proj"), f"{name}.ls1")
+        return self.scale(self.linear(torch.cat(outs, -1), f"{name}.attn.proj"), name, 1)
 
 
 def gelu(x):
@@ -176,15 +177,10 @@ POOLS = {"max": adaptive_max, "spatial": weighted_mean}
 def deit(state, images, *, heads, depth, base, generating, side=4, pool="spatial",
          inter_window=True, global_centres=True, shortcut=True):  # fmt: skip
     """Logits of STViT on a DeiT trunk."""
-    plain = Plain(state, eps=1e-6)
-    kernel = state["patch_embed.proj.weight"]
-    size = kernel.shape[-1]
-    rows, columns = images.shape[2] // size, images.shape[3] // size
-    patches = []
-    for i, j in itertools.product(range(rows), range(columns)):
-        cut = images[:, :, i * size : (i + 1) * size, j * size : (j + 1) * size]
-        patches.append(cut.flatten(1) @ kernel.flatten(1).T + state["patch_embed.proj.bias"])
-    x = torch.stack(patches, 1) + state["pos_embed"]
+    plain = Plain(state, eps=1e-6, layer_scale=False)
+    x = embedded(plain, images)
+    rows, columns = x.shape[1:3]
+    x = x.flatten(1, 2) + state["pos_embed"]
     tokens = None
     for layer in range(depth):
         name = f"blocks.{layer}"
@@ -264,7 +260,7 @@ def generated(plain, grid, name, heads, side, form):
         cells = POOLS[form["pool"]](
             plain, f"{name}.pool", grid, top, left, (WINDOW, WINDOW), side, **options
         )
-        if plain.has(f"{name}.conv_pos.weight"):
+        if form.get("conv_pos"):
             kernel, bias = (plain.state[f"{name}.conv_pos.{what}"] for what in ("weight", "bias"))
             added = depthwise(cells, kernel, bias)
             cells = {at: token + added[at] for at, token in cells.items()}
@@ -282,9 +278,9 @@ def generated(plain, grid, name, heads, side, form):
         tokens = plain.read(own, keys, f"{name}.first", heads)
         tokens = plain.feed(own + tokens if form["shortcut"] else tokens, f"{name}.first")
         put(first, sorted(cells), tokens)
-    centres = plain.state.get(f"{name}.global_centres")
     places, queries = sorted(first), dict(first)
-    if centres is not None:
+    if form["global_centres"]:
+        centres = plain.state[f"{name}.global_centres"]
         queries = {place: first[place] + centres[:, at] for at, place in enumerate(places)}
     out = {}
     for (top, left), cells in pooled.items():
@@ -311,15 +307,16 @@ def close(places, window, side, reach):
     ]
 
 
-def semantic_block(plain, tokens, name, heads, side):
+def semantic_block(plain, tokens, name, heads, side, form):
     """Among the semantic tokens of a window of `side`, or of all (None)."""
     rows, columns = sides(tokens)
     groups = [sorted(tokens)] if side is None else windows_of(tokens, side)
-    table, out = plain.state.get(f"{name}.rel_pos.relative_position_bias_table"), {}
+    out = {}
     for places in groups:
         x, bias = stacked(tokens, places), None
-        if table is not None:
+        if form.get("relative_pos"):
             shape = (rows, columns) if side is None else (side, side)
+            table = plain.state[f"{name}.rel_pos.relative_position_bias_table"]
             bias = relative(table, places, places, *shape)
         put(out, places, plain.feed(x + plain.read(x, x, name, heads, bias), name))
     return out
@@ -351,19 +348,22 @@ def stem(plain, x):
     return as_grid(x.movedim(1, -1))
 
 
+def embedded(plain, images):
+    """(B, H, W, C): patches under one linear map."""
+    kernel, bias = (plain.state[f"patch_embed.proj.{what}"] for what in ("weight", "bias"))
+    x = torch.nn.functional.conv2d(images, kernel, bias, kernel.shape[-1])
+    return x.movedim(1, -1)
+
+
 def patches(plain, images):
     """Swin's own: 4x4 patches and a norm."""
-    kernel, out = plain.state["patch_embed.proj.weight"], {}
-    for i, j in itertools.product(range(images.shape[2] // 4), range(images.shape[3] // 4)):
-        cut = images[:, :, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].flatten(1)
-        x = cut @ kernel.flatten(1).T + plain.state["patch_embed.proj.bias"]
-        out[i, j] = plain.norm(x, "patch_embed.norm")
-    return out
+    x = embedded(plain, images)
+    return as_grid(plain.norm(x, "patch_embed.norm"))
 
 
 def swin(state, images, *, depths, heads, form, recover, base=None, side=3):
     """Logits of STViT on a Swin trunk, or of STViT-R."""
-    plain = Plain(state, eps=1e-5)
+    plain = Plain(state, eps=1e-5, layer_scale=True)
     # Of pictures that patches do not tile; the released code does so before either stem.
     images = torch.nn.functional.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))
     grid = stem(plain, images) if recover else patches(plain, images)
@@ -376,8 +376,9 @@ def swin(state, images, *, depths, heads, form, recover, base=None, side=3):
                 at = f"{name}.blocks.{unit}"
                 grid = swin_block(plain, grid, f"{at}.swin", count, WINDOW, 0)
                 tokens = generated(plain, grid, f"{at}.generate", count, side, form)
-                tokens = semantic_block(plain, tokens, f"{at}.local", count, side)
-                tokens = semantic_block(plain, tokens, f"{at}.across", count, None)
+                tokens = semantic_block(plain, tokens, f"{at}.local", count, side, form)
+                tokens = semantic_block(plain, tokens, f"{at}.across", count, None, form)
+                form = form | {"global_centres": False}  # the first unit's only
                 grid = recovered(plain, grid, tokens, f"{at}.recover", count, side)
             continue
         usual = base if stage == 2 else depth
@@ -389,6 +390,7 @@ def swin(state, images, *, depths, heads, form, recover, base=None, side=3):
             grid = generated(plain, grid, f"{name}.blocks.{base}", count, side, form)
             for at in range(depth - base - 2):
                 where = side if at % 2 == 0 else None
-                grid = semantic_block(plain, grid, f"{name}.blocks.{base + 1 + at}", count, where)
+                block = f"{name}.blocks.{base + 1 + at}"
+                grid = semantic_block(plain, grid, block, count, where, form)
     x = plain.norm(stacked(grid, sorted(grid)), "norm")
     return plain.linear(x.mean(1), "head.fc")

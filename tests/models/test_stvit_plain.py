@@ -3,6 +3,7 @@
 import pytest
 import torch
 from plain_stvit import deit, swin
+
 from skipvit_kernels.models.stvit import STViT
 from skipvit_kernels.models.stvit_swin import STViTSwin
 
@@ -11,12 +12,15 @@ TRUNK = {"embed_dim": 8, "num_heads": (1, 2, 2, 4), "num_classes": 5}
 FORMS = {
     "paper": {
         **{"pool": "spatial", "shortcut": True, "margin": (3, 3), "own_keys": (False, True)},
+        "global_centres": True,
     },
     "classification": {
         **{"pool": "max", "shortcut": False, "margin": (3, 3), "own_keys": (True, True)},
+        "global_centres": False,
     },
     "detection": {
         **{"pool": "max", "shortcut": True, "margin": (3, 4), "own_keys": (False, False)},
+        "global_centres": False,
     },
 }
 DEITS = {
@@ -132,13 +136,10 @@ RECOVERED = {
 def test_stvit_r(form, options, size):
     depths = (2, 1, 12, 2)
     model = STViTSwin(depths=depths, recover=True, form=form, img_size=size, **options, **TRUNK)
-    told = FORMS[form] | {name: options[name] for name in ("shortcut",) if name in options}
-    side = options.get("semantic_side", 3)
+    told, side = FORMS[form] | options, options.get("semantic_side", 3)
 
     def plain(state, images):
         heads = TRUNK["num_heads"]
-        return swin(
-            state, images, depths=depths, heads=heads, form=told, recover=True, side=side
-        )
+        return swin(state, images, depths=depths, heads=heads, form=told, recover=True, side=side)
 
     compare(randomised(model), pictures(*size), plain)
