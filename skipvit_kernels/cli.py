@@ -179,7 +179,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("when it skips, in epochs").add_argument
     add("--warmup-epochs", type=int, metavar="N", help="first ones without (default: the config's)")
     add("--ramp-epochs", type=int, default=0, metavar="N",
-        help="after these, along EViT's cosine in four stairs (default 0: at once)")  # fmt: skip
+        help="after these, along EViT's cosine in four stairs (default: the config's)")  # fmt: skip
     add("--finish-dense", type=int, default=0, metavar="N", help="last ones without (default 0)")
     add("--cls-only-last-block", action="store_true", help="the lossless last block")
 

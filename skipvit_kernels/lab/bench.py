@@ -264,7 +264,7 @@ def run(
     for name, drops in job.variants.items():
         variants[name] = sliced(model, drops) if name in job.floors else twin(model)
         if name in job.configs:
-            patch(variants[name], name, warmup_epochs=0)
+            patch(variants[name], SkipConfig.parse(name).at())
     check_memory(job, model)
     image_shape = families.of(model).image_shape(model)
     for config in job.configs if job.check else ():
@@ -336,7 +336,7 @@ def block_seconds(job: Job, *, rounds: int = 10, warmup: int = 2) -> dict[str, l
     images = torch.randn(job.batch_size, *families.of(model).image_shape(model), device=job.device)
     variants = {"unpatched": twin(model)}
     for config in job.configs[:3]:
-        variants[config] = patch(twin(model), config, warmup_epochs=0)
+        variants[config] = patch(twin(model), SkipConfig.parse(config).at())
     best: dict[str, list[float]] = {}
     for turn in range(-warmup, rounds):
         for name, variant in variants.items():

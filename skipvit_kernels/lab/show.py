@@ -74,7 +74,7 @@ def run(
     for config, file in itertools.product(configs, weights or (None,)):
         if file is not None:
             load(built, file)
-        records = record(patch(built, config, warmup_epochs=0), images.to(device))
+        records = record(patch(built, SkipConfig.parse(config).at()), images.to(device))
         unpatch(built)
         drops = range(len(records[0].indices))
         for drop in drops[-1:] if len(weights) > 1 else drops:

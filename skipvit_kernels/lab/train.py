@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
 import math
@@ -94,6 +93,7 @@ class Training:
         if settings.teacher:
             teacher = copy.deepcopy(model).requires_grad_(False).to(accelerator.device)
         self.patched = settings.config_of(0)
+        self.running = self.patched.at(0)
         patch(model, self.patched)
         self.loader = self._loader(train, model, num_classes, training=True)
         self.val_loader = None
@@ -194,7 +194,6 @@ class Training:
     def _epoch(self, progress: Progress) -> bool:
         """Train on the batches of the epoch that are left; whether to stop behind it."""
         s, accelerator = self.settings, self.accelerator
-        self._skip()
         self._seed(self.batch)  # of the workers of shards; other pictures have their own
         self.loader.set_epoch(self.epoch)
         if isinstance(self.loader.dataset, train_data.Pictures):
@@ -206,6 +205,7 @@ class Training:
         found: list[Tensor] = []  # and of the steps that were not yet looked at
         stop, start = False, time.perf_counter()
         for images, labels in left:
+            self._skip()
             self._seed(self.batch)
             targets = labels
             if self.mixup:
@@ -229,7 +229,7 @@ class Training:
                 self.scheduler.step_update(self.updates)
             if self.ema:
                 self.ema.update(self.unwrapped, step=self.updates)
-            self.skipped += self._skips()
+            self.skipped += bool(self.running.drop_at)
             self.sums["steps"] += 1
             step, last = self.sums["steps"], accelerator.gradient_state.end_of_dataloader
             save = s.checkpoint_steps is not None and step % s.checkpoint_steps == 0
@@ -248,13 +248,14 @@ class Training:
         return stop
 
     def _skip(self) -> None:
-        """Have the model, and its average, skip as the epoch wants it."""
+        """Have the model, and its average, skip as the step wants it."""
         config = self.settings.config_of(self.epoch)
+        epoch = self.epoch + self.batch / len(self.loader)
         for model in (self.unwrapped, *([self.ema.module] if self.ema else [])):
             if config != self.patched:
                 patch(unpatch(model), config)
-            set_epoch(model, self.epoch)
-        self.patched = config
+            set_epoch(model, epoch)
+        self.patched, self.running = config, config.at(epoch)
 
     def _seed(self, batch: int) -> None:
         """Before a forward: what it draws is of this batch alone."""
@@ -292,18 +293,13 @@ class Training:
             f"skipped {self.skipped / self.updates:.0%} of steps"
         )
 
-    def _skips(self) -> bool:
-        """Whether the steps of this epoch do."""
-        return bool(self.patched.drop_at) and self.epoch >= self.patched.warmup_epochs
-
     def _end_epoch(self) -> None:
         """Validate, write and go on to the next."""
         s = self.settings
         loss, hits, seconds, steps = self.sums.values()
-        skips = str(dataclasses.replace(self.patched, warmup_epochs=0))
         row = {
             "epoch": self.epoch,
-            "skip": skips if self._skips() else "unskipped",
+            "skip": str(self.running) if self.running.drop_at else "unskipped",  # at its last step
             "lr": self.optimizer.param_groups[0]["lr"],
             "loss": loss / steps,
             "top1": hits / steps,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ from timm.models import load_state_dict
 import skipvit_kernels.models  # noqa: F401  (registers its models with timm)
 from skipvit_kernels.lab import report
 from skipvit_kernels.lab.bench import at_least
-from skipvit_kernels.skipping.config import Patches, SkipConfig
+from skipvit_kernels.skipping.config import SkipConfig
 
 LAST = "last.pth"
-RAMP_STAIRS = 4  # of EViT's ramp, which changes the number of tokens with every step
+RAMP_STAIRS = 4  # of `ramp_epochs`: EViT's own changes the number of tokens with every few steps
 # May differ between a training and its resumption.
 OF_A_RUN = {
     *("data", "val_data", "out", "resume", "workers", "checkpoint_steps", "cpu", "stop_on_bad"),
@@ -38,7 +36,8 @@ class Settings:
         out: folder for checkpoints and logs.
         skip: in the notation of `SkipConfig`; "" drops nothing.
         warmup_epochs: without dropping; None: the configuration's.
-        ramp_epochs: after them, in which the share that is dropped rises along EViT's cosine.
+        ramp_epochs: after them, in which the share that is dropped rises along EViT's cosine, in
+            four stairs; 0: the configuration's own.
         finish_dense: last epochs, without dropping.
         val_split: "" trains without validation.
         val_data: where it lies, default `data`.
@@ -104,7 +103,7 @@ class Settings:
         names = ("ramp_epochs", "finish_dense", "workers", "seed", "lr_warmup_epochs")
         at_least(0, **{name: getattr(self, name) for name in names})
         config = self.config
-        spent = config.warmup_epochs + self.ramp_epochs + self.finish_dense
+        spent = config.warmup_epochs + config.ramp_epochs + self.finish_dense
         if config.drop_at and spent > self.epochs:
             raise ValueError(
                 "warmup_epochs, ramp_epochs and finish_dense must be at most the "
@@ -125,24 +124,16 @@ class Settings:
         """What the training is for."""
         config = SkipConfig.parse(self.skip, warmup_epochs=self.warmup_epochs)
         cls = config.cls_only_last_block or self.cls_only_last_block
-        return dataclasses.replace(config, cls_only_last_block=cls)
+        config = dataclasses.replace(config, cls_only_last_block=cls)
+        if not self.ramp_epochs:
+            return config
+        return dataclasses.replace(config, ramp_epochs=self.ramp_epochs, ramp_stairs=RAMP_STAIRS)
 
     def config_of(self, epoch: int) -> SkipConfig:
-        """What the model is patched with in an epoch: less in the ramp, nothing at the end."""
-        config = self.config
-        dense = SkipConfig(cls_only_last_block=config.cls_only_last_block)
+        """What the model is patched with in an epoch: at the end it drops nothing."""
         if epoch >= self.epochs - self.finish_dense:
-            return dense
-        into = epoch - config.warmup_epochs
-        if not 0 <= into < self.ramp_epochs:
-            return config
-        risen = (1 - math.cos(math.pi * (into + 0.5) / self.ramp_epochs)) / 2
-        share = Fraction(round(RAMP_STAIRS * risen), RAMP_STAIRS)
-        ratios = tuple(
-            Patches(round(share * ratio.count)) if isinstance(ratio, Patches) else share * ratio
-            for ratio in config.drop_ratio
-        )
-        return dataclasses.replace(config, drop_ratio=ratios) if share else dense
+            return SkipConfig(cls_only_last_block=self.config.cls_only_last_block)
+        return self.config
 
     def record(self) -> dict[str, str]:
         """What a resumption must share, by name."""

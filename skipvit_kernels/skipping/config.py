@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -38,7 +39,18 @@ class Patches:
         return f"{self.count}p"
 
 
-Ratio = Fraction | Patches | float | int | str
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A number of patches that stay, an earlier fused token among them: "139t" in the notation."""
+
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.count}t"
+
+
+Amount = Fraction | Patches | Tokens
+Ratio = Amount | float | int | str
 
 
 class BlockTokens(NamedTuple):
@@ -58,7 +70,8 @@ class SkipConfig:
     Attributes:
         drop_at: layers that drop, ascending. Empty: nothing is dropped.
         drop_ratio: share of the patches dropped in each, in [0, 1]; held as exact fractions, a
-            float is read as the decimal that it prints as. Or their number: `Patches(13)`, "13p".
+            float is read as the decimal that it prints as. Or their number: `Patches(13)`, "13p";
+            or that of those that stay, whatever the size of the image: `Tokens(139)`, "139t".
         rejoin_at: the first layer that sees all tokens again; "end": they come back after the last,
             for a head that reads every position; None: they never do.
         method: "skip" (SkipViT); "fuse": EViT's one token that sums up the dropped ones; "merge":
@@ -76,6 +89,9 @@ class SkipConfig:
             in a row: their mean, as ToMe has it, changes the logits of DeiT-tiny more (a KL
             divergence of 0.070 instead of 0.052 with 13 patches merged in each of 11 layers).
         warmup_epochs: epochs without dropping (the paper used 15); see `set_epoch`.
+        ramp_epochs: epochs after them in which the shares rise along EViT's cosine, each layer's to
+            its own (EViT: 100 of 300, behind 10 of warm-up); with every step, as `set_epoch` tells.
+        ramp_stairs: they rise with the epochs, in so many stairs, instead.
         cls_only_last_block: compute of the last block only what a head that reads CLS needs: keys
             and values of all tokens, but one query, one projection row, one MLP row. Lossless, so
             also on during the warm-up, and useful without any drop.
@@ -85,13 +101,15 @@ class SkipConfig:
     """
 
     drop_at: tuple[int, ...] = ()
-    drop_ratio: tuple[Fraction | Patches, ...] = ()
+    drop_ratio: tuple[Amount, ...] = ()
     rejoin_at: int | str | None = None
     method: str = "skip"
     rejoin_update: str = "none"
     scorer: str | None = None
     match: str = "tokens"
     warmup_epochs: int = 0
+    ramp_epochs: int = 0
+    ramp_stairs: int | None = None
     cls_only_last_block: bool = False
 
     def __post_init__(self) -> None:
@@ -119,8 +137,23 @@ class SkipConfig:
                 f"stay, got {_format_ratio(max(shares))}"
             )
         check_match(self.match, self.method, self.scorer)
-        if not isinstance(self.warmup_epochs, int) or self.warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs must be an integer >= 0, got {self.warmup_epochs!r}")
+        for name in ("warmup_epochs", "ramp_epochs"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+        stairs = self.ramp_stairs
+        if stairs is not None and (
+            not isinstance(stairs, int) or min(stairs, self.ramp_epochs) < 1
+        ):
+            raise ValueError(
+                "ramp_stairs must be an integer >= 1, and None without ramp_epochs, "
+                f"got {stairs!r} in {self.ramp_epochs} epochs"
+            )
+        if self.ramp_epochs and any(isinstance(ratio, Tokens) for ratio in self.drop_ratio):
+            raise ValueError(
+                "ramp_epochs must be 0 with a fixed number of tokens, "
+                f"got {self.ramp_epochs} and {', '.join(map(str, self.drop_ratio))}"
+            )
         if not isinstance(self.cls_only_last_block, bool):
             raise ValueError(
                 f"cls_only_last_block must be True or False, got {self.cls_only_last_block!r}"
@@ -151,6 +184,37 @@ class SkipConfig:
         """
         return self.rejoin_at - 1 if isinstance(self.rejoin_at, int) else depth
 
+    def at(self, epoch: float = math.inf) -> SkipConfig:
+        """What is dropped at a point of the training; default what the schedule leads to.
+
+        Args:
+            epoch: counted from 0, with the part of it that is over: step / steps of an epoch.
+
+        Returns:
+            A configuration without warm-up and ramp; one without drops where nothing is dropped.
+        """
+        into = epoch - self.warmup_epochs
+        share = Fraction(int(into >= 0))
+        if 0 <= into < self.ramp_epochs:
+            over = into if self.ramp_stairs is None else math.floor(into) + 0.5
+            # A millionth of 1,024 patches moves no count that is not within 0.001 of the next.
+            steps = self.ramp_stairs or 1_000_000
+            risen = (1 - math.cos(math.pi * over / self.ramp_epochs)) / 2
+            share = Fraction(round(steps * risen), steps)
+        if not share:
+            return SkipConfig(cls_only_last_block=self.cls_only_last_block)
+        ratios = self.drop_ratio
+        if share < 1:
+            ratios = tuple(
+                share * ratio
+                if isinstance(ratio, Fraction)
+                else Patches(round(share * ratio.count))
+                for ratio in ratios
+            )
+        return dataclasses.replace(
+            self, drop_ratio=ratios, warmup_epochs=0, ramp_epochs=0, ramp_stairs=None
+        )
+
     def check_depth(self, depth: int) -> None:
         """Raise ValueError where a layer lies beyond a model of `depth` blocks."""
         for name, layer in (
@@ -173,7 +237,8 @@ class SkipConfig:
         "4,7(30%,30%)+10" drops 30 % of what is there in layer 4 and again in layer 7;
         "6(45%)+fused" is EViT's fused token; "6(55%)" drops for good; "" drops nothing. Options
         follow a colon: "6(55%)+11:mean" for the mean update, ":score=random" for a scorer, ":cls"
-        for the CLS-only last block, ":warmup=15", ":mean,score=norm,cls,warmup=15".
+        for the CLS-only last block, ":warmup=15", ":mean,score=norm,cls,warmup=15". EViT as it is
+        trained is "4,7,10(30%,30%,30%)+fused:warmup=10,ramp=100"; "ramp=100/4" is in four stairs.
         A ratio that no decimal holds is a fraction, "6(1/3)+11".
 
         Raises:
@@ -218,11 +283,14 @@ class SkipConfig:
                 fields["match"] = value
             elif name == "warmup" and value.isdecimal():
                 fields["warmup_epochs"] = int(value)
+            elif name == "ramp" and (ramp := re.fullmatch(r"(\d+)(?:/(\d+))?", value)):
+                fields["ramp_epochs"] = int(ramp[1])
+                fields["ramp_stairs"] = int(ramp[2]) if ramp[2] else None
             else:
                 known = ", ".join(f'"{word}"' for word in (*sorted(updates), *named, "cls"))
                 raise ValueError(
-                    f'options must be {known}, "score=random", "match=keys" or "warmup=15", '
-                    f"got {option!r} in {text!r}"
+                    f'options must be {known}, "score=random", "match=keys", "warmup=15" or '
+                    f'"ramp=100", got {option!r} in {text!r}'
                 )
         if warmup_epochs is not None:
             fields["warmup_epochs"] = warmup_epochs
@@ -237,6 +305,7 @@ class SkipConfig:
         method = METHODS[self.method]
         ending = method.ending if self.rejoin_at is None else self.rejoin_at
         text += "" if ending is None else f"+{ending}"
+        stairs = "" if self.ramp_stairs is None else f"/{self.ramp_stairs}"
         options = [
             *([method.option] if method.option else []),
             *([self.rejoin_update] if self.rejoin_update != "none" else []),
@@ -244,6 +313,7 @@ class SkipConfig:
             *([f"match={self.match}"] if self.match != "tokens" else []),
             *(["cls"] if self.cls_only_last_block else []),
             *([f"warmup={self.warmup_epochs}"] if self.warmup_epochs else []),
+            *([f"ramp={self.ramp_epochs}{stairs}"] if self.ramp_epochs else []),
         ]
         return f"{text}:{','.join(options)}" if options else text
 
@@ -300,29 +370,30 @@ def check_match(match: str, method: str, scorer: str | None) -> None:
         )
 
 
-def num_kept(num_patches: int, drop_ratio: Fraction | Patches) -> int:
+def num_kept(num_patches: int, drop_ratio: Amount) -> int:
     """ceil((1 - drop_ratio) * num_patches) on integers: keeping 45 % of 196 is 89.
 
-    In floats ceil(0.55 * 100) is 56. Raises ValueError where more patches are to leave than are
-    there.
+    In floats ceil(0.55 * 100) is 56. Raises ValueError where more patches are to leave, or to
+    stay, than are there.
     """
-    if isinstance(drop_ratio, Patches):
+    if not isinstance(drop_ratio, Fraction):
         if drop_ratio.count > num_patches:
             raise ValueError(
                 f"drop_ratio must be at most the {num_patches} patches that are there, "
                 f"got {drop_ratio}"
             )
-        return num_patches - drop_ratio.count
+        stay = isinstance(drop_ratio, Tokens)
+        return drop_ratio.count if stay else num_patches - drop_ratio.count
     kept, whole = drop_ratio.denominator - drop_ratio.numerator, drop_ratio.denominator
     return (kept * num_patches + whole - 1) // whole
 
 
-def as_ratio(value: Ratio) -> Fraction | Patches:
+def as_ratio(value: Ratio) -> Amount:
     """A share in [0, 1] as an exact fraction, 0.55 is 11/20; or a number of patches."""
-    if isinstance(value, Patches):
+    if isinstance(value, (Patches, Tokens)):
         return value
-    if re.fullmatch(r"\d+p", str(value)):
-        return Patches(int(str(value)[:-1]))
+    if number := _parse_number(str(value)):
+        return number
     try:
         ratio = Fraction(str(value))
     except (ValueError, ZeroDivisionError):
@@ -341,9 +412,7 @@ def _parse_layers(part: str, text: str) -> range:
     return layers
 
 
-def _ranges(
-    layers: tuple[int, ...], ratios: tuple[Fraction | Patches, ...]
-) -> Iterator[tuple[str, Fraction | Patches]]:
+def _ranges(layers: tuple[int, ...], ratios: tuple[Amount, ...]) -> Iterator[tuple[str, Amount]]:
     """The layers of the notation and their ratio: three in a row or more as a range."""
     places = enumerate(zip(layers, ratios, strict=True))
     for (_, ratio), group in itertools.groupby(places, lambda it: (it[1][0] - it[0], it[1][1])):
@@ -352,23 +421,30 @@ def _ranges(
             yield name, ratio
 
 
-def _parse_ratio(part: str, text: str) -> Fraction | Patches:
-    if re.fullmatch(r"\d+p", part):
-        return Patches(int(part[:-1]))
+def _parse_number(part: str) -> Patches | Tokens | None:
+    """Patches that leave, "13p", or that stay, "139t"; None for anything else."""
+    if not re.fullmatch(r"\d+[pt]", part):
+        return None
+    return (Patches if part.endswith("p") else Tokens)(int(part[:-1]))
+
+
+def _parse_ratio(part: str, text: str) -> Amount:
+    if number := _parse_number(part):
+        return number
     try:
         ratio = Fraction(part.removesuffix("%")) / (100 if part.endswith("%") else 1)
     except (ValueError, ZeroDivisionError):
         raise ValueError(
-            f'ratios must read like "55%" or "13p", got {part!r} in {text!r}'
+            f'ratios must read like "55%", "13p" or "139t", got {part!r} in {text!r}'
         ) from None
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratios must lie between 0% and 100%, got {part} in {text!r}")
     return ratio
 
 
-def _format_ratio(ratio: Fraction | Patches) -> str:
+def _format_ratio(ratio: Amount) -> str:
     """As a percentage where a decimal holds it exactly, else as a fraction; or the number."""
-    if isinstance(ratio, Patches):
+    if not isinstance(ratio, Fraction):
         return str(ratio)
     denominator = ratio.denominator
     for prime in (2, 5):

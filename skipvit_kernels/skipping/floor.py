@@ -37,7 +37,7 @@ def sliced(model: nn.Module, config: SkipConfig | str) -> nn.Module:
     Args:
         model: of a known family, patched or not; left as it is, but the floor shares its
             weights (`twin`).
-        config: a `SkipConfig` or its notation; its warm-up is ignored.
+        config: a `SkipConfig` or its notation; its warm-up and ramp are ignored.
 
     Raises:
         ValueError: as `patch`.
@@ -45,7 +45,8 @@ def sliced(model: nn.Module, config: SkipConfig | str) -> nn.Module:
     model = twin(model)
     if is_patched(model):
         unpatch(model)
-    patch(model, config, warmup_epochs=0)
+    config = SkipConfig.parse(config) if isinstance(config, str) else config
+    patch(model, config.at())
     blocks: Any = families.of(model).blocks(model)
     blocks.drops = {layer: Slice(**vars(drop)) for layer, drop in blocks.drops.items()}
     return model

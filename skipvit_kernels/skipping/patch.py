@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from skipvit_kernels.skipping import cls_only, families
-from skipvit_kernels.skipping.config import SkipConfig, num_kept
+from skipvit_kernels.skipping.config import SkipConfig, Tokens, num_kept
 from skipvit_kernels.skipping.families import Family, Inside, check_hooks
 from skipvit_kernels.skipping.run import Drop, check_blocks
 from skipvit_kernels.skipping.sequence import (
@@ -33,6 +33,7 @@ def patch(
     *,
     warmup_epochs: int | None = None,
     cls_only_last_block: bool | None = None,
+    tokens: Iterable[int] | None = None,
 ) -> nn.Module:
     """Make a vision transformer skip tokens, in training and evaluation.
 
@@ -48,6 +49,9 @@ def patch(
         cls_only_last_block: compute of the last block only what the head reads: the same logits and
             gradients up to rounding, for less (`SkipConfig`); default the config's. The model then
             gives logits only: forward_features, which gives every token, raises RuntimeError.
+        tokens: for each layer that drops, how many patches stay, at any size of the images, in the
+            place of the ratios and their schedule (EViT's `tokens` at evaluation): prefix tokens
+            are not counted, nor is the layer's own fused token; an earlier one is.
 
     Returns:
         The model itself.
@@ -55,8 +59,9 @@ def patch(
     Raises:
         ValueError: where the model or one of its blocks cannot skip, naming it and the reason
             (an unknown class or part, a forward of its own, hooks that would not fire),
-            where the configuration does not fit its depth, or where `cls_only_last_block` meets a
-            head that reads other tokens (average pooling). The model is then as it was.
+            where the configuration does not fit its depth, `tokens` has not one number a drop, or
+            `cls_only_last_block` meets a head that reads other tokens (average pooling). The model
+            is then as it was.
     """
     if isinstance(config, str):
         config = SkipConfig.parse(config)
@@ -64,6 +69,14 @@ def patch(
         config = dataclasses.replace(config, warmup_epochs=warmup_epochs)
     if cls_only_last_block is not None:
         config = dataclasses.replace(config, cls_only_last_block=cls_only_last_block)
+    if tokens is not None:
+        counts = tuple(map(Tokens, tokens))
+        if len(counts) != len(config.drop_at):
+            raise ValueError(
+                f"tokens must have a number for each of the layers {config.drop_at}, "
+                f"got {len(counts)}"
+            )
+        config = dataclasses.replace(config.at(), drop_ratio=counts)
     family, blocks_family = check(model, config)
     if config.cls_only_last_block:
         cls_only.make_cls_only(model)
@@ -86,7 +99,7 @@ def patch(
     }
     blocks.num_prefix_tokens = prefix
     blocks.num_head_tokens = family.num_head_tokens(model)
-    blocks.dropping = config.warmup_epochs == 0
+    _begin(blocks, 0)
     blocks.recorder = blocks.keep = None
     for layer in (*config.drop_at, *([len(blocks)] if config.cls_only_last_block else [])):
         blocks[layer - 1].register_forward_pre_hook(_DirectCall(blocks, layer))
@@ -160,23 +173,36 @@ def is_patched(model: nn.Module) -> bool:
     return any(isinstance(module, Skipping) for module in model.modules())
 
 
-def set_epoch(model: nn.Module, epoch: int) -> None:
+def set_epoch(model: nn.Module, epoch: float) -> None:
     """Tell the model which epoch begins: no dropping in the first `warmup_epochs` of them.
 
     Call it at the start of every epoch and after a resume; also on a wrapper (DDP, compiled) and,
-    separately, on an EMA's copy.
+    separately, on an EMA's copy. With `ramp_epochs` before every step, as `epoch + step / steps`:
+    another number of tokens each few steps, which a compiled model compiles anew for. Training and
+    evaluation then both drop what it says.
 
     Args:
         epoch: counted from 0.
 
     Raises:
-        ValueError: where the model is not patched, or `epoch` is negative or no integer.
+        ValueError: where the model is not patched, or `epoch` is no number >= 0.
     """
     patched = _patched(model, "set_epoch")
-    if not isinstance(epoch, int) or epoch < 0:
-        raise ValueError(f"epoch must be an integer >= 0, got {epoch!r}")
+    if not isinstance(epoch, (int, float)) or not epoch >= 0:
+        raise ValueError(f"epoch must be a number >= 0, got {epoch!r}")
     for blocks in patched:
-        blocks.dropping = epoch >= blocks.config.warmup_epochs
+        _begin(blocks, epoch)
+
+
+def _begin(blocks: Any, epoch: float) -> None:
+    """Have the blocks drop what their configuration says of that point of the training."""
+    ratios = blocks.config.at(epoch).drop_ratio
+    blocks.dropping = bool(ratios) or not blocks.drops
+    if ratios:
+        drops = zip(blocks.drops.items(), ratios, strict=True)
+        blocks.drops = {
+            layer: dataclasses.replace(drop, drop_ratio=ratio) for (layer, drop), ratio in drops
+        }
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from skipvit_kernels.skipping import families, methods, scorers
 from skipvit_kernels.skipping.config import (
-    Patches,
+    Amount,
     Ratio,
     as_ratio,
     check_match,
@@ -34,7 +33,7 @@ class Drop:
         head: the model's final norm and pool, where their latent query says who stays.
     """
 
-    drop_ratio: Fraction | Patches
+    drop_ratio: Amount
     num_prefix_tokens: int
     scorer: str
     match: str
@@ -216,7 +215,7 @@ class SkipBlock(nn.Module):
             the first may be SkipBlocks. They are given what the SkipBlock is called with beside
             the tokens, for the tokens that they see.
         drop_ratio: share of the patches to skip, in [0, 1]; ceil(kept share) of them stay; or
-            their number, "13p".
+            their number, "13p"; or the number of those that stay, "139t".
         num_prefix_tokens: P, the leading tokens that are never dropped; the first is CLS.
         method: "skip", "fuse" for EViT's token that sums up the dropped ones, or "merge".
         rejoin: put the skipped patches back at the end. Not with method "fuse".

@@ -77,7 +77,7 @@ def verify(
     """
     if isinstance(config, str):
         config = SkipConfig.parse(config)
-    config = dataclasses.replace(config, warmup_epochs=0)
+    config = config.at()
     nothing = dataclasses.replace(config, drop_ratio=(Fraction(0),) * len(config.drop_at))
     drawn = nothing.scorer == "random"
     trained = dataclasses.replace(nothing, scorer=None) if drawn else nothing

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import math
 import os
 import re
 import shutil
@@ -140,9 +141,34 @@ def test_the_model_is_patched_as_each_epoch_says(data, tmp_path, monkeypatch):
     # Of 16 patches: none, along the cosine in four stairs to the eight that leave, all, none.
     assert seen == [[], [], [], [14], [12], [12], [10], [8], [8], [8], []]
     ramp = train.Settings("", "vit_tiny_patch16_224", tmp_path / "x", "2(8p)", ramp_epochs=4)
-    assert [str(ramp.config_of(epoch)) for epoch in range(5)] == [
+    assert [str(ramp.config_of(epoch).at(epoch)) for epoch in range(5)] == [
         *("", "2(2p)", "2(6p)", "2(8p)", "2(8p)"),
     ]
+
+
+def test_the_share_rises_with_every_step_as_the_configuration_says(data, tmp_path, monkeypatch):
+    seen = []
+    forward = train.ClassificationTask.forward
+
+    def counted(task, images, labels):
+        with sk.record_skips(task.trainable_module) as records:
+            result = forward(task, images, labels)
+        seen.append(next((16 - len(r.indices[0][0]) + 1 for r in records), 0))
+        return result
+
+    monkeypatch.setattr(train.ClassificationTask, "forward", counted)
+    skip = ("--skip", "2(50%)+fused:warmup=1,ramp=2", "--epochs", "4")
+    assert run(data, tmp_path / "out", *skip) == 0
+    # Half of a cosine over two epochs of six steps; the share at each, and the patches that stay.
+    shares = [(1 - math.cos(math.pi * step / 12)) / 4 for step in range(12)]
+    left = [16 - math.ceil((1 - share) * 16) for share in shares]
+    assert seen == [0] * 6 + left + [8] * 6
+    rows = log(tmp_path / "out")
+    # The last of a cosine's steps, in each of its epochs.
+    assert [row["skip"] for row in rows] == [
+        *("unskipped", "2(18.5295%)+fused", "2(49.14815%)+fused", "2(50%)+fused"),
+    ]
+    assert [row["steps_skipped"] for row in rows] == ["0", "0.41667", "0.61111", "0.70833"]
 
 
 def test_resume_is_bit_for_bit_the_uninterrupted_run(data, whole, tmp_path, monkeypatch, capsys):

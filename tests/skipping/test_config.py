@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import skipvit_kernels as sk
-from skipvit_kernels.skipping.config import Patches, num_kept
+from skipvit_kernels.skipping.config import Patches, Tokens, num_kept
 
 # Table 1 of SkipViT: tokens in the MLPs of blocks 1..12, CLS included, and GMACs of ViT-S/16.
 TABLE_1 = {
@@ -101,6 +101,9 @@ def configs(draw):
             {layer + more for layer in layers for more in range(draw(st.integers(1, 5)))}
         )
     amounts = st.sampled_from([draw(ratios), draw(st.integers(0, 40).map(Patches))])
+    ramp = draw(st.integers(0, 300))
+    if not ramp:
+        amounts |= st.integers(0, 196).map(Tokens)
     method = draw(st.sampled_from(["skip", "fuse"])) if layers else "skip"
     rejoin = None
     if layers and method == "skip":
@@ -115,6 +118,8 @@ def configs(draw):
             st.sampled_from([None, "cls", "mean"] + ["norm", "random"] * (method != "fuse"))
         ),
         warmup_epochs=draw(st.integers(0, 300)),
+        ramp_epochs=ramp,
+        ramp_stairs=draw(st.none() | st.integers(1, 9)) if ramp else None,
         cls_only_last_block=draw(st.booleans()) and rejoin != "end",
     )
 
@@ -154,6 +159,9 @@ def test_parse_and_str_are_inverse(config):
         "6(55%)+11:score=random",
         "6(55%)+11:mean,score=norm,cls,warmup=15",
         "6(45%)+fused:score=mean",
+        "4,7,10(30%,30%,30%)+fused:warmup=10,ramp=100",
+        "4,7,10(139t,98t,69t):warmup=3",
+        "4,7,10(30%,13p,30%)+11:ramp=100/4",
     ],
 )
 def test_the_notation_comes_back_as_written(text):
@@ -178,8 +186,10 @@ def test_configs_are_values():
         config.rejoin_at = 12
 
 
+RATIOS = 'ratios must read like "55%", "13p" or "139t", got '
 OPTIONS = (
-    'options must be "mean", "merge", "cls", "score=random", "match=keys" or "warmup=15", got '
+    'options must be "mean", "merge", "cls", "score=random", "match=keys", "warmup=15" or '
+    '"ramp=100", got '
 )
 SCORERS = (
     'scorer must be one of "cls", "mean", "latent", "norm", "similar", "marginal", "random", got '
@@ -187,9 +197,9 @@ SCORERS = (
 BAD_NOTATIONS = {
     "6(120%)": "ratios must lie between 0% and 100%, got 120% in '6(120%)'",
     "6(-5%)": "ratios must lie between 0% and 100%, got -5% in '6(-5%)'",
-    "6(half)": "ratios must read like \"55%\" or \"13p\", got 'half' in '6(half)'",
-    "6()": "ratios must read like \"55%\" or \"13p\", got '' in '6()'",
-    "6(1/0)": "ratios must read like \"55%\" or \"13p\", got '1/0' in '6(1/0)'",
+    "6(half)": RATIOS + "'half' in '6(half)'",
+    "6()": RATIOS + "'' in '6()'",
+    "6(1/0)": RATIOS + "'1/0' in '6(1/0)'",
     "6(55%)+4": "rejoin_at must come after the last drop, in layer 6, got 4",
     "6(55%)+6": "rejoin_at must come after the last drop, in layer 6, got 6",
     "6,4(30%,30%)+10": "drop_at must ascend, got (6, 4)",
@@ -207,7 +217,7 @@ BAD_NOTATIONS = {
     "6(55%)+fused:score=norm": 'scorer must be "cls" or "mean" or "latent", attention weights',
     "9-4(13p)+12": "a range of layers must ascend, got 9-4 in '9-4(13p)+12'",
     "4-9(13p,13p)+12": "drop_at and drop_ratio must have the same length, got 6 layers and 2",
-    "6(1.5p)+11": "ratios must read like \"55%\" or \"13p\", got '1.5p' in '6(1.5p)+11'",
+    "6(1.5p)+11": RATIOS + "'1.5p' in '6(1.5p)+11'",
     "6(55%)+end:cls": 'rejoin_at must be a layer or None with cls_only_last_block, got "end"',
     "6(55%)+11:score=similar": 'drop_ratio must be at most 50% with scorer "similar"',
     "6(55%)+11:match=keys": 'match must be "tokens", the default, where nothing is matched',
