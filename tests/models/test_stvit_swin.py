@@ -67,7 +67,7 @@ def looked(block, tokens, window, *keys):
 
 
 @pytest.mark.parametrize("height, width", [(14, 14), (9, 20), (5, 16), (7, 7), (3, 2)])
-@pytest.mark.parametrize("margin", [(0, 0), (3, 4), (7, 7)])
+@pytest.mark.parametrize("margin", [(0, 0), (3, 4), (7, 7), (2, 13)])
 def test_tokens_read_what_lies_around_their_window(height, width, margin):
     block = lively(GridBlock(8, **PARTS))
     x, tokens = (
