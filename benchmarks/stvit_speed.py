@@ -1,7 +1,7 @@
 """How much of STViT's saved arithmetic is saved time: a trunk and its STViT, timed in turn.
 
     python benchmarks/stvit_speed.py --threads 1
-    python benchmarks/stvit_speed.py swin_small_patch4_window7_224 stvit_swin_small_patch4_window7_224
+    python benchmarks/stvit_speed.py swin_tiny_patch4_window7_224 stvit_swin_tiny_patch4_window7_224
 
 Inference; the ratio of the shortest times over that of the multiply-accumulates, which torch counts
 in both. 100 % would be a model as fast per multiply-accumulate as its trunk.
