@@ -86,6 +86,9 @@ class CrossBlock(Block):
         options: as timm's `Block`.
     """
 
+    attn: CrossAttention
+    norm1: Any
+
     def __init__(self, *args: Any, shortcut: bool = True, **options: Any) -> None:
         super().__init__(*args, **{**options, "attn_layer": CrossAttention})
         self.shortcut = shortcut
@@ -422,16 +425,20 @@ class STViT(VisionTransformer):
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """As timm's. The number of semantic tokens stays; their regions grow with the grid."""
         super().set_input_size(img_size, patch_size)
-        self.blocks[self.base_depth].pool.set_window(self.patch_embed.grid_size)
+        first: Any = self.blocks[self.base_depth]
+        first.pool.set_window(self.patch_embed.grid_size)
 
-    def forward_intermediates(
+    def forward_intermediates(  # type: ignore[override]
         self, x: Tensor, indices: Any = None, output_fmt: str = "NCHW", **options: Any
     ) -> Any:
         """As timm's. From the first generating layer on the maps are those of the semantic grid."""
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        out = super().forward_intermediates(x, indices, output_fmt="NLC", **options)
-        maps = out if options.get("intermediates_only") else out[1]
+        out: Any = super().forward_intermediates(x, indices, output_fmt="NLC", **options)
+        if options.get("output_dict"):
+            maps = out["image_intermediates"]
+        else:
+            maps = out if options.get("intermediates_only") else out[1]
         for place, tokens in enumerate(maps):
             grid = self.patch_embed.grid_size
             if tokens.shape[1] != self.patch_embed.num_patches:

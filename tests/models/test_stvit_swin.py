@@ -63,7 +63,7 @@ def looked(block, tokens, window, *keys, bias=None):
         seen, biases = [], []
         for grid, size, (before, behind) in keys:
             for r, c in torch.cartesian_prod(*map(torch.arange, grid.shape[1:3])).tolist():
-                if size is None or all(
+                if size == 0 or all(
                     first * size - before <= place < (first + 1) * size + behind
                     for place, first in ((r, i // (window or 1)), (c, j // (window or 1)))
                 ):
@@ -104,8 +104,8 @@ def test_semantic_tokens_among_themselves(rows, columns, relative_pos):
         offset = places[:, None] - places + 2
         bias = local.rel_pos.relative_position_bias_table[offset[..., 0] * 5 + offset[..., 1]]
     torch.testing.assert_close(local(x), looked(local, x, 3, Keys(x, 3), bias=bias))
-    across = lively(SemanticBlock(None, **parts))
-    torch.testing.assert_close(across(x), looked(across, x, None, Keys(x, None)))
+    across = lively(SemanticBlock(0, **parts))
+    torch.testing.assert_close(across(x), looked(across, x, 0, Keys(x, 0)))
 
 
 @pytest.mark.parametrize("shift", [0, 3])
