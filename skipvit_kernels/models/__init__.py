@@ -1,4 +1,4 @@
-"""Models with parameters of their own, registered with timm by importing this package.
+"""Models with parameters of their own, registered with timm (1.0.31) by importing this package.
 
 import skipvit_kernels.models
 model = timm.create_model("stvit_deit_small_patch16_224")

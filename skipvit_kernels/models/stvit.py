@@ -86,6 +86,9 @@ class CrossBlock(Block):
         options: as timm's `Block`.
     """
 
+    attn: CrossAttention
+    norm1: Any
+
     def __init__(self, *args: Any, shortcut: bool = True, **options: Any) -> None:
         super().__init__(*args, **{**options, "attn_layer": CrossAttention})
         self.shortcut = shortcut
@@ -166,7 +169,8 @@ class SpatialPool(MaxPool):
     Inter-window: the source says only that an offset moves the centre. Here every token of the
     first step gives an offset (down, right) = tanh(offset(token)) * (region height, width); all
     patch positions of its region move by it, are cut to the grid [0, H - 1] x [0, W - 1] and read
-    bilinearly; the second sum has the weights of the first. The offset starts at 0: no movement.
+    bilinearly; the second sum has the weights of the first. The offset starts at 0: no movement,
+    and the gradient of a position on a patch is that between its two neighbours.
 
     Windows that reach over the grid's edge have that part left out too; regions without any patch
     are left out.
@@ -238,22 +242,19 @@ class SpatialPool(MaxPool):
         if self.offset is None:
             return tokens
 
-        # Positions (B, R, Q, h, w) in at least float32: bfloat16 has none between 128 and 129.
+        # One row of weights over the grid per token: an index less than grid_sample and a copy of
+        # every region, and sums that do not depend on the order of threads in the backward.
+        # Positions in at least float32: bfloat16 has none between 128 and 129.
         offset = self.offset(tokens).tanh()
-        offset = offset.to(torch.promote_types(x.dtype, torch.float32))[..., None, None]
-        down = rows[:, None, :, None] + offset[..., 0, :, :] * rows.shape[1]
-        right = columns[:, None] + offset[..., 1, :, :] * columns.shape[1]
-        # grid_sample counts from the grid's edges, at -1 and 1; the positions are patches' centres.
-        where = (2 * right + 1) / width - 1, (2 * down + 1) / height - 1
-        where = torch.stack(torch.broadcast_tensors(*where), dim=-1)
-        moved = F.grid_sample(
-            x.permute(0, 3, 1, 2).to(where.dtype),
-            where.flatten(3, 4).flatten(1, 2),
-            padding_mode="border",
-            align_corners=False,
+        down, right = (
+            offset.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-2).unbind(-1)
         )
-        tokens = (moved * weights.flatten(1, 2).unsqueeze(1)).sum(-1)
-        return tokens.transpose(1, 2).unflatten(1, (len(rows), -1)).to(x.dtype)
+        down = _near(rows[:, None] + down * rows.shape[1], height)
+        right = _near(columns + right * columns.shape[1], width)
+        weights = weights.unflatten(3, (rows.shape[1], -1)).to(down.dtype)
+        weights = (down.transpose(3, 4) @ weights @ right).to(x.dtype)
+        tokens = weights.flatten(3, 4).flatten(1, 2) @ x.flatten(1, 2)
+        return tokens.unflatten(1, (len(rows), -1))
 
     def cells(self, length: int, dim: int) -> int:
         """How many semantic rows (dim 0) or columns (1) a grid of `length` of them gives."""
@@ -277,6 +278,14 @@ class SpatialPool(MaxPool):
         starts = torch.arange(0, length, window, device=device)[:, None]
         inside = (within >= 0) & (within < window) & (starts + within < length)
         return (starts + within).view(-1, region)[:num], inside.view(-1, region)[:num]
+
+
+def _near(positions: Tensor, length: int) -> Tensor:
+    """(..., h) positions on a side of `length` patches -> (..., h, length): how much each reads of
+    each patch, linearly between two."""
+    positions = positions.clamp(0, length - 1).unsqueeze(-1)
+    patches = torch.arange(length, device=positions.device)
+    return (1 - (positions - patches).abs()).clamp(min=0)
 
 
 class GenerateFirst(CrossBlock):
@@ -416,16 +425,20 @@ class STViT(VisionTransformer):
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """As timm's. The number of semantic tokens stays; their regions grow with the grid."""
         super().set_input_size(img_size, patch_size)
-        self.blocks[self.base_depth].pool.set_window(self.patch_embed.grid_size)
+        first: Any = self.blocks[self.base_depth]
+        first.pool.set_window(self.patch_embed.grid_size)
 
-    def forward_intermediates(
+    def forward_intermediates(  # type: ignore[override]
         self, x: Tensor, indices: Any = None, output_fmt: str = "NCHW", **options: Any
     ) -> Any:
         """As timm's. From the first generating layer on the maps are those of the semantic grid."""
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        out = super().forward_intermediates(x, indices, output_fmt="NLC", **options)
-        maps = out if options.get("intermediates_only") else out[1]
+        out: Any = super().forward_intermediates(x, indices, output_fmt="NLC", **options)
+        if options.get("output_dict"):
+            maps = out["image_intermediates"]
+        else:
+            maps = out if options.get("intermediates_only") else out[1]
         for place, tokens in enumerate(maps):
             grid = self.patch_embed.grid_size
             if tokens.shape[1] != self.patch_embed.num_patches:

@@ -71,9 +71,9 @@ class SwinBlock(SwinTransformerBlock):
     timm's function. A side that one window covers is not shifted.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, always_partition=True, dynamic_mask=True, **options)
-        self.attn.fused_attn = True
+    def __init__(self, dim: int, input_resolution: Any, **options: Any) -> None:
+        super().__init__(dim, input_resolution, always_partition=True, dynamic_mask=True, **options)
+        self.attn.fused_attn = True  # type: ignore[misc]
 
     def _attn(self, x: Tensor) -> Tensor:
         _, height, width, channels = x.shape
@@ -106,77 +106,94 @@ def _parts(length: int, padded: int, shift: int, device: Any) -> Tensor:
 
 class Keys(NamedTuple):
     """Tokens to read from: a grid in windows, of which the reading window sees its own and
-    `margin` rows and columns more, before and behind. window None: all is seen."""
+    `margin` rows and columns more, before and behind. window 0: all is seen."""
 
     grid: Tensor
-    window: int | None
+    window: int
     margin: tuple[int, int] = (0, 0)
+
+    @property
+    def size(self) -> int:
+        """Side of what a window sees."""
+        return sum(self.margin) + self.window
 
     def all_seen(self) -> bool:
         """Whether every window sees the whole grid."""
         window, (before, behind) = self.window, self.margin
-        return window is None or all(
+        return window == 0 or all(
             before >= (length - 1) // window * window and behind >= length - window
             for length in self.grid.shape[1:3]
         )
 
-    def seen(self, kv: Tensor) -> tuple[Tensor, Tensor | None]:
+    def tiles(self) -> bool:
+        """Whether every window sees itself, whole."""
+        grid = self.grid.shape[1:3]
+        return not any(self.margin) and not any(length % self.window for length in grid)
+
+    def mask(self, tokens: Tensor, window: int) -> Tensor:
+        """Which of the grid's H * W tokens each of the h * w tokens in windows of `window` sees."""
+
+        def near(num: int, length: int) -> Tensor:
+            start = torch.arange(num, device=tokens.device)[:, None] // window * self.window
+            place = torch.arange(length, device=tokens.device)
+            before, behind = self.margin
+            return (place >= start - before) & (place < start + self.window + behind)
+
+        rows, columns = map(near, tokens.shape[1:3], self.grid.shape[1:3])
+        return (rows[:, None, :, None] & columns[:, None]).flatten(2).flatten(0, 1)
+
+    def seen(self, kv: Tensor) -> tuple[Tensor, Tensor]:
         """kv (B, H, W, C) of the grid's tokens per window (B * windows, K, C), copied once, and
-        which of the K are on the grid (windows, K), None for all of them."""
-        window, (before, behind) = self.window, self.margin
-        assert window is not None
-        height, width = kv.shape[1:3]
-        padding = before, behind + -width % window, before, behind + -height % window
-        valid = None
-        if any(padding):
-            kv = F.pad(kv, (0, 0, *padding))
-            rows, columns = (
-                torch.arange(0, length, window, device=kv.device)[:, None]
-                + torch.arange(-before, window + behind, device=kv.device)
-                for length in (height, width)
-            )
-            rows, columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
-            valid = (rows[:, None, :, None] & columns[:, None]).flatten(2).flatten(0, 1)
-        size = before + window + behind
-        kv = kv.unfold(1, size, window).unfold(2, size, window).permute(0, 1, 2, 4, 5, 3)
-        return kv.flatten(3, 4).flatten(0, 2), valid
+        which of the K are on the grid (windows, K)."""
+        before, behind = self.margin
+
+        def inside(length: int) -> Tensor:
+            starts = torch.arange(0, length, self.window, device=kv.device)[:, None]
+            place = starts + torch.arange(-before, self.window + behind, device=kv.device)
+            return (place >= 0) & (place < length)
+
+        rows, columns = map(inside, kv.shape[1:3])
+        below, right = (behind + -length % self.window for length in kv.shape[1:3])
+        if before or below or right:
+            kv = F.pad(kv, (0, 0, before, right, before, below))
+        kv = kv.unfold(1, self.size, self.window).unfold(2, self.size, self.window)
+        valid = (rows[:, None, :, None] & columns[:, None]).flatten(2).flatten(0, 1)
+        return kv.permute(0, 1, 2, 4, 5, 3).flatten(3, 4).flatten(0, 2), valid
 
 
 class GridBlock(CrossBlock):
     """A `CrossBlock` on grids, window by window."""
 
-    def look(
-        self, tokens: Tensor, window: int | None, *keys: Keys, bias: Tensor | None = None
-    ) -> Tensor:
-        """Tokens (B, h, w, C), in windows of `window`, after reading from `keys`.
+    def look(self, tokens: Tensor, window: int, *keys: Keys, bias: Tensor | None = None) -> Tensor:
+        """Tokens (B, h, w, C), in windows of `window` (0: one), after reading from `keys`.
 
         bias: added to the logits, (1, heads, tokens of a window, keys of a window).
         """
         q = self.attn.q(self.norm1(tokens))
         kvs = [self.attn.kv(self.norm1(key.grid)) for key in keys]
-        if all(key.all_seen() for key in keys):
+        # Reading all under a mask copies nothing; on a 14 x 14 map it takes 0.9 of the windows'
+        # time, but its arithmetic grows with the map.
+        if window == 0 or (
+            bias is None
+            and sum(kv[0, :, :, 0].numel() for kv in kvs) <= 2 * sum(key.size**2 for key in keys)
+        ):
+            all_seen = all(key.all_seen() for key in keys)
+            mask = bias if all_seen else _joined([key.mask(tokens, window) for key in keys])
             kv = _joined([kv.flatten(1, 2) for kv in kvs])
-            read = self.attn.attend(q.flatten(1, 2), kv, bias)
-            return self.feed(tokens, read.view_as(tokens))
+            return self.feed(tokens, self.attn.attend(q.flatten(1, 2), kv, mask).view_as(tokens))
 
-        assert window is not None
         batch, height, width, _ = tokens.shape
         q = windows(q, (window, window)).transpose(2, 3)
         grid = q.shape[1:5]
         seen = [key.seen(kv) for key, kv in zip(keys, kvs, strict=True)]
         mask = bias
-        if any(valid is not None for _, valid in seen):
-            valid = [
-                kv.new_ones(len(kv) // batch, kv.shape[1], dtype=torch.bool)
-                if valid is None
-                else valid
-                for kv, valid in seen
-            ]
-            mask = _joined(valid).repeat(batch, 1)[:, None, None]
+        if not all(key.tiles() for key in keys):
+            mask = _joined([valid for _, valid in seen]).repeat(batch, 1)[:, None, None]
             if bias is not None:
                 mask = bias.masked_fill(~mask, -torch.inf)
-        kv = _joined([kv for kv, _ in seen])
-        read = self.attn.attend(q.flatten(3, 4).flatten(0, 2), kv, mask)
+        read = self.attn.attend(
+            q.flatten(3, 4).flatten(0, 2), _joined([kv for kv, _ in seen]), mask
+        )
         read = read.view(batch, *grid, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return self.feed(tokens, read[:, :height, :width])
 
@@ -233,7 +250,7 @@ class Generate(nn.Module):
         side, window = self.side, self.window
         tokens = self.pool(x)
         if self.conv_pos is not None:
-            tokens = tokens + self._positions(tokens)
+            tokens = tokens + self._positions(tokens, self.conv_pos)
         own = (Keys(tokens, side),) if self.form.own_keys[0] else ()
         tokens = self.first.look(tokens, side, *own, Keys(x, window, self.form.margin))
         own = (Keys(tokens, side, (side, side)),) if self.form.own_keys[1] else ()
@@ -244,23 +261,21 @@ class Generate(nn.Module):
             tokens = tokens + centres.view(1, *tokens.shape[1:])
         return self.next.look(tokens, side, *own, Keys(x, window, (window, window)))
 
-    def _positions(self, tokens: Tensor) -> Tensor:
+    def _positions(self, tokens: Tensor, conv: nn.Conv2d) -> Tensor:
         cells = windows(tokens, (self.side, self.side)).transpose(2, 3)
-        moved = self.conv_pos(cells.flatten(0, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        moved = conv(cells.flatten(0, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         moved = moved.view(cells.shape).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return moved[:, : tokens.shape[1], : tokens.shape[2]]
 
 
 class SemanticBlock(GridBlock):
-    """Semantic tokens (B, h, w, C) among themselves: in a window of `window`, or (None) all.
+    """Semantic tokens (B, h, w, C) among themselves: in a window of `window`, or (0) all.
 
     rel_pos: rows and columns for a relative position bias, as the released code's `relative_pos`;
     over all tokens only maps of that size are taken.
     """
 
-    def __init__(
-        self, window: int | None, rel_pos: tuple[int, int] | None = None, **options: Any
-    ) -> None:
+    def __init__(self, window: int, rel_pos: tuple[int, int] | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.window = window
         dd = {"device": options["device"], "dtype": options["dtype"]}
@@ -270,7 +285,7 @@ class SemanticBlock(GridBlock):
         bias = None
         if self.rel_pos is not None:
             size = self.rel_pos.window_size
-            if self.window is None and tokens.shape[1:3] != size:
+            if self.window == 0 and tokens.shape[1:3] != size:
                 raise ValueError(
                     f"relative_pos needs {size} semantic tokens, those of img_size, "
                     f"got {tuple(tokens.shape[1:3])}"
@@ -312,7 +327,6 @@ class ConvStem(PatchEmbed):
 
     def __init__(
         self,
-        *args: Any,
         in_chans: int,
         embed_dim: int,
         norm_layer: Any = None,
@@ -321,9 +335,9 @@ class ConvStem(PatchEmbed):
         **options: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__(*args, in_chans=in_chans, embed_dim=embed_dim, **options, **dd)
-        conv = {"kernel_size": 3, "stride": 2, "act_layer": "hard_swish", **dd}
-        self.proj = nn.Sequential(
+        super().__init__(in_chans=in_chans, embed_dim=embed_dim, **options, **dd)
+        conv: dict[str, Any] = {"kernel_size": 3, "stride": 2, "act_layer": "hard_swish", **dd}
+        self.proj = nn.Sequential(  # type: ignore[assignment]
             ConvNormAct(in_chans, embed_dim // 2, **conv),
             ConvNormAct(embed_dim // 2, embed_dim, **conv),
         )
@@ -355,6 +369,8 @@ class STViTSwin(SwinTransformer):
     Raises:
         ValueError: where depths, window, tokens or form cannot be.
     """
+
+    patch_embed: Any
 
     def __init__(
         self,
@@ -394,7 +410,12 @@ class STViTSwin(SwinTransformer):
         form = form or ("classification" if recover else "paper")
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-        chosen = {"pool": pool, "shortcut": shortcut, "global_centres": global_centres}
+        stem: Any = partial(ConvStem if recover else PatchEmbed, dynamic_img_pad=True)
+        chosen: dict[str, Any] = {
+            "pool": pool,
+            "shortcut": shortcut,
+            "global_centres": global_centres,
+        }
         chosen = {name: value for name, value in chosen.items() if value is not None}
         if pool not in (None, "spatial", "max"):
             raise ValueError(f"pool must be 'spatial' or 'max', got {pool!r}")
@@ -405,14 +426,14 @@ class STViTSwin(SwinTransformer):
             num_heads=num_heads,
             window_size=window_size,
             dynamic_img_size=True,
-            embed_layer=partial(ConvStem if recover else PatchEmbed, dynamic_img_pad=True),
+            embed_layer=stem,
             norm_layer=norm_layer,
             weight_init="skip",
             **options,
             **dd,
         )
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        maps = [stage.output_resolution for stage in self.layers]
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        maps: list[Any] = [stage.output_resolution for stage in self.layers]
 
         def common(stage: int, layer: int) -> dict[str, Any]:
             return {
@@ -447,8 +468,8 @@ class STViTSwin(SwinTransformer):
             layers = cross(layer), cross(layer + 1)
             return Generate(*layers, semantic_side, window_size, parts, maps[2], conv_pos)
 
-        def semantic(layer: int, window: int | None, grid: tuple[int, int]) -> SemanticBlock:
-            size = grid if window is None else (window, window)
+        def semantic(layer: int, window: int, grid: tuple[int, int]) -> SemanticBlock:
+            size = (window, window) if window else grid
             return SemanticBlock(window, size if relative_pos else None, **cross(layer))
 
         third: list[nn.Module] = []
@@ -456,14 +477,14 @@ class STViTSwin(SwinTransformer):
             for layer in range(0, depths[2], 6):
                 made = generate(layer + 1, centres=layer == 0)
                 local = semantic(layer + 3, semantic_side, made.grid)
-                across = semantic(layer + 4, None, made.grid)
+                across = semantic(layer + 4, 0, made.grid)
                 recovery = GridBlock(**cross(layer + 5))
                 third.append(DumbbellUnit(swin(2, layer), made, local, across, recovery))
         else:
             made = generate(base_depth)
             third += [*swins(2, base_depth), made]
             for layer in range(base_depth + 2, depths[2]):
-                window = None if (layer - base_depth) % 2 else semantic_side
+                window = 0 if (layer - base_depth) % 2 else semantic_side
                 third.append(semantic(layer, window, made.grid))
             for info, halved in zip(self.feature_info[2:], (1, 2), strict=True):
                 info["reduction"] = self.patch_embed.img_size[0] * halved // made.grid[0]
@@ -480,7 +501,7 @@ class STViTSwin(SwinTransformer):
         centres = {name for name, _ in self.named_parameters() if name.endswith("global_centres")}
         return super().no_weight_decay() | centres
 
-    def set_input_size(self, img_size: Any = None) -> None:
+    def set_input_size(self, img_size: Any = None) -> None:  # type: ignore[override]
         """Nothing to set: pictures of any size are taken as they are."""
 
 
@@ -502,7 +523,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
     state_dict = state_dict.get("model", state_dict)
     if "layers.2.blocks.1.layer_scale_1" in state_dict:
-        renames = {
+        renames: dict[str, Any] = {
             r"^layers\.2\.blocks\.(\d+)\.": layer,
             r"^layers\.2\.semantic_token2": "layers.2.blocks.0.generate.global_centres",
             r"\.layer_scale_([12])": r".ls\1.gamma",

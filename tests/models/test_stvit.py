@@ -141,6 +141,8 @@ def test_maps_of_deit():
     last, (first, semantic) = whole.forward_intermediates(images(DEIT), (2, 5), output_fmt="NLC")
     assert first.shape == semantic.shape == (2, 16, 24)
     torch.testing.assert_close(whole.norm(semantic), last)
+    named = whole.forward_intermediates(images(DEIT), (5,), output_dict=True)
+    assert named["image_intermediates"][0].shape == (2, 24, 4, 4)
 
 
 def test_deit_takes_other_sizes():

@@ -11,7 +11,14 @@ from torch import nn
 
 from skipvit_kernels.models import stvit_swin
 from skipvit_kernels.models.stvit import MaxPool, SpatialPool
-from skipvit_kernels.models.stvit_swin import FORMS, Generate, GridBlock, Keys, SwinBlock
+from skipvit_kernels.models.stvit_swin import (
+    FORMS,
+    Generate,
+    GridBlock,
+    Keys,
+    SemanticBlock,
+    SwinBlock,
+)
 
 STVIT_R = "stvit_r_swin_small_patch4_window7_224"
 PARTS = dict(num_heads=2, qkv_bias=True, norm_layer=nn.LayerNorm)
@@ -49,25 +56,31 @@ def fed(block, tokens, read):
     return tokens + block.ls2(block.mlp(block.norm2(tokens)))
 
 
-def looked(block, tokens, window, *keys):
-    """`GridBlock.look`, one token at a time."""
+def looked(block, tokens, window, *keys, bias=None):
+    """`GridBlock.look`, one token at a time; bias (places in a window, the same, heads)."""
     out = torch.empty_like(tokens)
     for b, i, j in torch.cartesian_prod(*map(torch.arange, tokens.shape[:3])).tolist():
-        seen = []
+        seen, biases = [], []
         for grid, size, (before, behind) in keys:
             for r, c in torch.cartesian_prod(*map(torch.arange, grid.shape[1:3])).tolist():
-                if size is None or all(
+                if size == 0 or all(
                     first * size - before <= place < (first + 1) * size + behind
-                    for place, first in ((r, i // window), (c, j // window))
+                    for place, first in ((r, i // (window or 1)), (c, j // (window or 1)))
                 ):
                     seen.append(grid[b, r, c])
+                    if bias is not None:
+                        own, other = i % window * window + j % window, r % size * size + c % size
+                        biases.append(bias[own, other])
         q = block.attn.q(block.norm1(tokens[b, i, j][None]))
-        out[b, i, j] = attention(block.attn, q, block.attn.kv(block.norm1(torch.stack(seen))))[0]
+        kv = block.attn.kv(block.norm1(torch.stack(seen)))
+        out[b, i, j] = attention(block.attn, q, kv, torch.stack(biases)[None] if biases else None)[
+            0
+        ]
     return fed(block, tokens, out)
 
 
 @pytest.mark.parametrize("height, width", [(14, 14), (9, 20), (5, 16), (7, 7), (3, 2)])
-@pytest.mark.parametrize("margin", [(0, 0), (3, 4), (7, 7)])
+@pytest.mark.parametrize("margin", [(0, 0), (3, 4), (7, 7), (2, 13)])
 def test_tokens_read_what_lies_around_their_window(height, width, margin):
     block = lively(GridBlock(8, **PARTS))
     x, tokens = (
@@ -78,6 +91,21 @@ def test_tokens_read_what_lies_around_their_window(height, width, margin):
     torch.testing.assert_close(block.look(tokens, 3, *keys), looked(block, tokens, 3, *keys))
     keys = (Keys(tokens, 3, (12, 12)),)
     torch.testing.assert_close(block.look(x, 7, *keys), looked(block, x, 7, *keys))
+
+
+@pytest.mark.parametrize("rows, columns", [(6, 6), (4, 5), (2, 3)])
+@pytest.mark.parametrize("relative_pos", [False, True])
+def test_semantic_tokens_among_themselves(rows, columns, relative_pos):
+    parts = dict(dim=8, device=None, dtype=None, **PARTS)
+    local = lively(SemanticBlock(3, (3, 3) if relative_pos else None, **parts))
+    x, bias = torch.randn(2, rows, columns, 8), None
+    if relative_pos:
+        places = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+        offset = places[:, None] - places + 2
+        bias = local.rel_pos.relative_position_bias_table[offset[..., 0] * 5 + offset[..., 1]]
+    torch.testing.assert_close(local(x), looked(local, x, 3, Keys(x, 3), bias=bias))
+    across = lively(SemanticBlock(0, **parts))
+    torch.testing.assert_close(across(x), looked(across, x, 0, Keys(x, 0)))
 
 
 @pytest.mark.parametrize("shift", [0, 3])
