@@ -9,11 +9,13 @@ REQUIRE_GPU ?= triton
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The Pythons that get a wheel.
+PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell command -v python3.$(minor)))
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h ascend_ops/*.cpp ascend_ops/*.h ascend_ops/*/*.cpp \
   ascend_ops/*/*.h tests/ascend/*.cpp tests/ascend/*.h)
 
-.PHONY: demo test test-cpu test-interpreter test-sanitizers test-gpu lint bench bench-gpu clean
+.PHONY: demo test test-cpu test-interpreter test-sanitizers test-gpu lint bench bench-gpu dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/skipvit demo
@@ -79,6 +81,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/pytest benchmarks/ --benchmark-only
+
+dist: $(INSTALLED)
+	tools/dist.sh $(VENV) "$(TORCH)" $(PYTHONS)
 
 # Without build isolation the kernels are built against the torch that runs them, and pip does not
 # download torch a second time.
