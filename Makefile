@@ -10,7 +10,8 @@ REQUIRE_GPU ?= triton
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # The Pythons that get a wheel.
-PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell command -v python3.$(minor)))
+PYTHONS ?= $(foreach minor,10 11 12 13 14,\
+  $(shell python3.$(minor) -c "import sys; print(sys.executable)" 2>/dev/null))
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h ascend_ops/*.cpp ascend_ops/*.h ascend_ops/*/*.cpp \
   ascend_ops/*/*.h tests/ascend/*.cpp tests/ascend/*.h)

