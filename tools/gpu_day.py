@@ -122,8 +122,12 @@ def run(target: str, done: list[str]) -> None:
         "PYTEST_ADDOPTS": "-p gpu_day",
         "PYTHONUNBUFFERED": "1",
     }
+    earlier = [line for line in read_lines(OUT / "tests.jsonl") if line["target"] != target]
+    (OUT / "tests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in earlier))
     started = time.time()
-    with (OUT / "log.txt").open("a") as log:
+    with (OUT / "log.txt").open("a+") as log:
+        log.seek(0, os.SEEK_END)
+        begin = log.tell()
         process = subprocess.Popen(
             ["make", target, *variables],
             cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True,
@@ -136,7 +140,11 @@ def run(target: str, done: list[str]) -> None:
                 os.killpg(process.pid, signal.SIGINT)  # pytest ends the test and writes its tables
                 interrupted = True
             time.sleep(2)
+        log.seek(begin)
+        errors = re.findall(r"^E  .*", log.read(), re.MULTILINE)
     how = f"cut off after {limit:.0f} s" if interrupted else f"exit status {process.returncode}"
+    if process.returncode != 0 and errors:
+        how += f": {errors[-1]}"
     done.append(f"{target}: {time.time() - started:.0f} s, {how}")
     pack(OUT / "models_gpu")
     write_summary(done)

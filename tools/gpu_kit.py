@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KIT = ROOT / "build" / "gpu-kit"
 # Of the package's extras `bench` and `test` what the GPU targets import.
 NEEDED = ("timm", "matplotlib", "rich", "tqdm", "pytest", "pytest-benchmark", "hypothesis")
-# huggingface_hub downloads with the one, matplotlib writes PDF with the other: 10 MB for neither.
-UNUSED = {"hf-xet", "fonttools"}
+UNUSED = {"hf-xet"}  # what huggingface_hub downloads with, where it can
 LIMIT = 64 * 2**20  # what services that lend a GPU by the minute take along
 
 
