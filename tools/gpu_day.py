@@ -119,7 +119,7 @@ def run(target: str, done: list[str]) -> None:
         "TARGET": target,
         "OUT": str(OUT),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}",
-        "PYTEST_ADDOPTS": "-p gpu_day",
+        "PYTEST_ADDOPTS": f"{os.environ.get('PYTEST_ADDOPTS', '')} -p gpu_day",
         "PYTHONUNBUFFERED": "1",
     }
     earlier = [line for line in read_lines(OUT / "tests.jsonl") if line["target"] != target]
