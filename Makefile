@@ -4,16 +4,23 @@ VENV ?= .venv
 # What pip installs torch from; a CPU-only build is enough for everything but the GPU targets.
 TORCH ?= torch torchvision
 
-# REQUIRE_GPU= shows that test-gpu starts on a machine without a GPU: it skips, and says so.
-REQUIRE_GPU ?= triton
+# What the GPU targets run on, DEVICE=cpu to rehearse them, and where they write to. REQUIRE_GPU=
+# shows that test-gpu starts on a machine without a GPU: it skips, and says so.
+DEVICE ?= cuda
+RESULTS ?= docs/results
+REQUIRE_GPU ?= $(if $(filter cuda,$(DEVICE)),triton,$(DEVICE))
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The Pythons that get a wheel.
+PYTHONS ?= $(foreach minor,10 11 12 13 14,\
+  $(shell python3.$(minor) -c "import sys; print(sys.executable)" 2>/dev/null))
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h ascend_ops/*.cpp ascend_ops/*.h ascend_ops/*/*.cpp \
   ascend_ops/*/*.h tests/ascend/*.cpp tests/ascend/*.h)
 
-.PHONY: demo test test-cpu test-interpreter test-sanitizers test-gpu lint bench bench-gpu clean
+.PHONY: demo test test-cpu test-interpreter test-sanitizers test-gpu lint bench \
+  bench-gpu bench-gpu-operators bench-gpu-models bench-gpu-compiled gpu-kit dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/skipvit demo
@@ -60,16 +67,31 @@ test-sanitizers: $(INSTALLED)
 	    $$(test "$$isa" || echo tests/ops/test_sweep.py) -k cpu || exit; \
 	done
 
-# On a machine with a GPU. cuBLAS needs the variable under the determinism that poisons outputs.
+# On a machine with a GPU; docs/gpu.md says how on one without a network. cuBLAS needs the variable
+# under the determinism that poisons outputs.
 test-gpu: $(INSTALLED)
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 SKIPVIT_REQUIRE=$(REQUIRE_GPU) $(BIN)/pytest \
-	  tests/ops/test_operators.py tests/backends/test_triton_gpu.py tests/backends/test_triton_aot.py \
-	  tests/skipping/ways/test_gpu.py -k triton
+	  tests/ops/test_operators.py tests/backends/test_triton_gpu.py tests/skipping/ways/test_gpu.py \
+	  -k "$(if $(filter cuda,$(DEVICE)),triton,$(DEVICE)) or gpu"
 
-bench-gpu: $(INSTALLED)
-	$(BIN)/pytest benchmarks/ --device cuda --benchmark-only \
-	  --summary-csv docs/results/operators_gpu.csv --models-report docs/results/models_gpu
-	$(BIN)/pytest benchmarks/test_operator_speed.py --device cuda -s -k host_time
+# What compiling the chains takes is left to the end: minutes that a short run would miss elsewhere.
+bench-gpu: bench-gpu-operators bench-gpu-models bench-gpu-compiled
+
+bench-gpu-operators: $(INSTALLED)
+	$(BIN)/pytest benchmarks/test_operator_speed.py --device $(DEVICE) --benchmark-only \
+	  -k "not compiled" --summary-csv $(RESULTS)/operators_gpu.csv
+	$(BIN)/pytest benchmarks/test_operator_speed.py --device $(DEVICE) -s -k host_time
+
+bench-gpu-models: $(INSTALLED)
+	$(BIN)/pytest benchmarks/test_model_speed.py --device $(DEVICE) --benchmark-only \
+	  --models-report $(RESULTS)/models_gpu
+
+bench-gpu-compiled: $(INSTALLED)
+	$(BIN)/pytest benchmarks/test_operator_speed.py --device $(DEVICE) --benchmark-only \
+	  -k "not naive and not best" --summary-csv $(RESULTS)/operators_gpu_compiled.csv
+
+gpu-kit: $(INSTALLED)
+	$(BIN)/python tools/gpu_kit.py $(KIT)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -79,6 +101,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/pytest benchmarks/ --benchmark-only
+
+dist: $(INSTALLED)
+	tools/dist.sh $(VENV) "$(TORCH)" $(PYTHONS)
 
 # Without build isolation the kernels are built against the torch that runs them, and pip does not
 # download torch a second time.

@@ -87,7 +87,13 @@ class Inputs:
         self.owner = owner.long().scatter_(1, self.index, places)
         kinds = reference.gather_rows(randn(batch, self.num_rows, channels), self.owner)
         self.features = kinds + randn(batch, tokens, channels) / 8
-        self.merged, self.merged_sizes = reference.merge_rows(self.x, self.owner, self.num_rows)
+        # As keys come: a permuted view, whose mean over heads is like that of its owner.
+        kinds = reference.gather_rows(randn(batch, self.num_rows, WIDTH), self.owner)
+        heads_of = kinds[:, :, None] + randn(batch, tokens, heads, WIDTH) / 8
+        self.head_features = heads_of.transpose(1, 2)
+        # Not by the reference, which takes three launches a token: too long for 2,048 inputs.
+        self.merged, self.merged_sizes = chains.index_add(self.x, self.owner, self.num_rows)
+        self.sizes = torch.rand(batch, tokens, generator=generator, device=device) + 0.5
         self.grad_fused = randn(batch, self.num_rows + 1, channels)
 
     def rows(self, per_image: int) -> int:
@@ -266,12 +272,31 @@ CASES = {
         lambda i: 8 * i.owner.numel(),
         lambda i: i.num_tokens,
     ),
+    "match_kept(heads)": Case(
+        lambda m: m.match_kept,
+        chains.naive_match_kept,
+        (chains.bmm_argmax,),
+        lambda i: (i.head_features, i.index),
+        lambda i: i.rows(i.num_tokens) + i.index_bytes,
+        lambda i: 8 * i.owner.numel(),
+        lambda i: i.num_tokens,
+    ),
     "merge_rows": Case(
         lambda m: m.merge_rows,
         chains.naive_merge_rows,
         (chains.index_add, chains.one_hot_bmm),
         lambda i: (i.x, i.owner, i.num_rows),
         lambda i: i.rows(i.num_tokens) + 8 * i.owner.numel(),
+        lambda i: i.rows(i.num_rows) + 4 * i.merged_sizes.numel(),
+        lambda i: i.num_tokens,
+        exact=False,
+    ),
+    "merge_rows(sizes)": Case(
+        lambda m: lambda x, owner, num_rows, sizes: m.merge_rows(x, owner, num_rows, sizes=sizes),
+        chains.naive_merge_rows_sizes,
+        (chains.index_add_sizes,),
+        lambda i: (i.x, i.owner, i.num_rows, i.sizes),
+        lambda i: i.rows(i.num_tokens) + (8 + 4) * i.owner.numel(),
         lambda i: i.rows(i.num_rows) + 4 * i.merged_sizes.numel(),
         lambda i: i.num_tokens,
         exact=False,
@@ -293,6 +318,16 @@ CASES = {
         lambda i: (i.x, i.merged, i.tokens, i.owner),
         lambda i: i.rows(i.num_tokens + 2 * i.num_rows) + 8 * i.owner.numel(),
         lambda i: i.rows(i.num_tokens),
+        lambda i: i.num_tokens + 2 * i.num_rows,
+        exact=False,
+    ),
+    "restore_rows_backward": Case(
+        lambda m: m.restore_rows_backward,
+        chains.naive_restore_rows_backward,
+        (chains.index_add_gradients,),
+        lambda i: (i.grad, i.owner, i.num_rows),
+        lambda i: i.rows(i.num_tokens) + 8 * i.owner.numel(),
+        lambda i: i.rows(i.num_tokens + 2 * i.num_rows),
         lambda i: i.num_tokens + 2 * i.num_rows,
         exact=False,
     ),

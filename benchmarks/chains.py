@@ -220,13 +220,18 @@ def with_own_places(owner: Tensor, index: Tensor) -> Tensor:
     )
 
 
+def one_feature(features: Tensor) -> Tensor:
+    return features if features.dim() == 3 else features.mean(1)
+
+
 def naive_match_kept(features: Tensor, index: Tensor) -> Tensor:
-    unit = F.normalize(features, dim=-1)
+    unit = F.normalize(one_feature(features), dim=-1)
     kept = unit.gather(1, expanded(index[:, 1:], unit))
     return with_own_places((unit @ kept.transpose(1, 2)).argmax(-1) + 1, index)
 
 
 def bmm_argmax(features: Tensor, index: Tensor) -> Tensor:
+    features = one_feature(features)
     kept = F.normalize(index_select(features, index[:, 1:]), dim=-1)
     return with_own_places(torch.bmm(features, kept.transpose(1, 2)).argmax(-1) + 1, index)
 
@@ -245,18 +250,43 @@ def naive_merge_rows(x: Tensor, owner: Tensor, num_rows: int) -> tuple[Tensor, T
     return mean, row_counts(owner, num_rows)
 
 
-def index_add(x: Tensor, owner: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    counts = row_counts(owner, num_rows)
+def sums_by_owner(x: Tensor, owner: Tensor, num_rows: int) -> Tensor:
+    """(B, N, C) -> (B, M, C) in float32."""
     total = torch.zeros(x.shape[0] * num_rows, x.shape[2], device=x.device)
     total.index_add_(0, flat(owner, num_rows), rows(x).float())
-    mean = total.view(x.shape[0], num_rows, -1).div_(counts[..., None])
-    return mean.to(x.dtype), counts
+    return total.view(x.shape[0], num_rows, -1)
+
+
+def index_add(x: Tensor, owner: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    counts = row_counts(owner, num_rows)
+    return sums_by_owner(x, owner, num_rows).div_(counts[..., None]).to(x.dtype), counts
 
 
 def one_hot_bmm(x: Tensor, owner: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     one_hot = x.new_zeros(x.shape[0], num_rows, x.shape[1]).scatter_(1, owner[:, None], 1)
     counts = row_counts(owner, num_rows)
     return torch.bmm(one_hot, x).div_(counts[..., None]), counts
+
+
+def shares(owner: Tensor, num_rows: int, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N, 1): of each row in its owner's mean; (B, M): the sizes, added up."""
+    merged = torch.zeros(len(owner), num_rows, device=owner.device).scatter_add_(1, owner, sizes)
+    return (sizes / merged.gather(1, owner))[..., None], merged
+
+
+def naive_merge_rows_sizes(
+    x: Tensor, owner: Tensor, num_rows: int, sizes: Tensor
+) -> tuple[Tensor, Tensor]:
+    share, merged_sizes = shares(owner, num_rows, sizes)
+    zeros = x.new_zeros(x.shape[0], num_rows, x.shape[2])
+    return zeros.scatter_add_(1, expanded(owner, x), x * share.to(x.dtype)), merged_sizes
+
+
+def index_add_sizes(
+    x: Tensor, owner: Tensor, num_rows: int, sizes: Tensor
+) -> tuple[Tensor, Tensor]:
+    share, merged_sizes = shares(owner, num_rows, sizes)
+    return sums_by_owner(x * share, owner, num_rows).to(x.dtype), merged_sizes
 
 
 def naive_merge_rows_backward(
@@ -279,3 +309,27 @@ def naive_restore_rows(x: Tensor, before: Tensor, after: Tensor, owner: Tensor) 
 
 def gain_index_select(x: Tensor, before: Tensor, after: Tensor, owner: Tensor) -> Tensor:
     return index_select(after - before, owner).add_(x)
+
+
+def gradients(
+    grad: Tensor, grad_after: Tensor, owner: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """That of a row alone goes to `after` only."""
+    alone = (row_counts(owner, num_rows) == 1)[..., None]
+    grad_x = grad.masked_fill(alone.gather(1, owner[..., None]), 0)
+    return grad_x, -grad_after.masked_fill(alone, 0), grad_after
+
+
+def naive_restore_rows_backward(
+    grad: Tensor, owner: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    zeros = grad.new_zeros(grad.shape[0], num_rows, grad.shape[2])
+    grad_after = zeros.scatter_add_(1, expanded(owner, grad), grad)
+    return gradients(grad, grad_after, owner, num_rows)
+
+
+def index_add_gradients(
+    grad: Tensor, owner: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_after = sums_by_owner(grad, owner, num_rows).to(grad.dtype)
+    return gradients(grad, grad_after, owner, num_rows)

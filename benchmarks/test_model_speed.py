@@ -11,7 +11,8 @@ pytest-benchmark shows is the time of the whole job; each variant's figures stan
 the end, and in the `extra_info` that pytest-benchmark saves. For one model of your own:
 `skipvit bench`.
 
-Ctrl-C keeps what was measured. A job that does not fit the memory is skipped with the reason.
+Ctrl-C keeps what was measured, and even a kill the data of the jobs that ended. A job that does not
+fit the memory is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipvit_kernels.lab import bench
+from skipvit_kernels.lab import bench, report
 from skipvit_kernels.lab.bench import Job
 from skipvit_kernels.skipping.presets import TABLE_1, scaled
 
@@ -69,7 +70,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("job", jobs, ids=ids)
 
 
-def test_model(benchmark: Any, model_rows: list[bench.Measurement], job: Job) -> None:
+def test_model(
+    benchmark: Any, model_rows: list[bench.Measurement], job: Job, pytestconfig: pytest.Config
+) -> None:
     before = len(model_rows)
     try:
         benchmark.pedantic(bench.run, args=(job, model_rows), rounds=1, iterations=1)
@@ -78,5 +81,8 @@ def test_model(benchmark: Any, model_rows: list[bench.Measurement], job: Job) ->
     except KeyboardInterrupt:  # pytest-benchmark cannot save what has no rounds
         benchmark.has_error = True
         raise
+    folder = pytestconfig.getoption("--models-report")
+    if folder is not None:
+        report.write_data(folder, model_rows)
     measured = {row.config: row.record() for row in model_rows[before:]}
     benchmark.extra_info.update(measured, torch=torch.__version__)

@@ -143,6 +143,16 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["", lines[0], "|" + "---|" * len(header), *lines[1:]]
 
 
+def write_data(folder: Path, rows: Sequence[Measurement]) -> None:
+    """What was measured so far, for whatever may end the run: the data of `write_page`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [row.record() for row in rows]
+    unfinished = folder / "results.unfinished"
+    unfinished.write_text(json.dumps(records, indent=1))
+    unfinished.replace(folder / "results.json")
+    write_csv(folder / "results.csv", records)
+
+
 def write_page(
     folder: Path,
     rows: Sequence[Measurement],
@@ -161,10 +171,7 @@ def write_page(
         skipped: jobs that did not run, with the reason.
         blocks: `bench.block_seconds` of one model, for the picture of where the time goes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    records = [row.record() for row in rows]
-    (folder / "results.json").write_text(json.dumps(records, indent=1))
-    write_csv(folder / "results.csv", records)
+    write_data(folder, rows)
     lines = ["# What skipping buys here", "", f"    {command}", ""]
     lines += [f"- {name}: {value}" for name, value in machine.versions().items()]
     lines += [

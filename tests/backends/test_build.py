@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,15 @@ def test_no_run_path(library):
     dynamic = subprocess.check_output(["readelf", "-d", library], text=True)
     assert "libtorch_cpu" in dynamic
     assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+
+
+def test_no_folder_of_who_built_it(library):
+    """torch's assertions carry the paths of its headers."""
+    torch = Path(find_spec("torch").origin).parent
+    data = library.read_bytes()
+    assert b"torch/csrc/stable/" in data  # relative, so that this can fail
+    for folder in (ROOT, torch, Path.home()):
+        assert f"{folder}/".encode() not in data
 
 
 @needs_nm
