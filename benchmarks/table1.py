@@ -36,7 +36,7 @@ from PIL import Image
 from results import append_csv, data_folder
 from table1_cells import CPU, GPU, PARTS, STVIT, Cell, Scale, Training, cells
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -96,30 +96,38 @@ def normalised(pictures: Tensor) -> Tensor:
 
 
 def batches(pictures: Tensor, labels: Tensor, cell: Cell) -> Iterator[tuple[Tensor, Tensor]]:
-    """Without an end: passes over the pictures in an order of the seed's, shifted and mirrored."""
+    """Without an end: passes over the pictures in an order of the seed's."""
     draw = torch.Generator().manual_seed(cell.seed)
-    batch, side = cell.scale.batch, pictures.shape[-1]
-    reach = side // 8
     orders = iter(lambda: torch.randperm(len(labels), generator=draw), None)
-    chosen = itertools.chain.from_iterable(order.split(batch)[:-1] for order in orders)
-    along = torch.arange(side)
-    for index in chosen:
-        shift = torch.randint(0, 2 * reach + 1, (2, batch, 1), generator=draw)
-        mirrored = torch.randint(0, 2, (batch, 1), generator=draw)
-        rows = along + shift[0]
-        columns = torch.where(mirrored > 0, side - 1 - along, along) + shift[1]
-        padded = F.pad(pictures[index], (reach,) * 4)
-        image = torch.arange(batch)[:, None, None]
-        # Indexed in the first and the last two dimensions: the channels come last.
-        moved = padded[image, :, rows[:, :, None], columns[:, None]].movedim(3, 1)
-        yield normalised(moved), labels[index]
+    for index in itertools.chain.from_iterable(o.split(cell.scale.batch)[:-1] for o in orders):
+        found = pictures[index]
+        yield normalised(moved(found, draw) if cell.scale.augment else found), labels[index]
+
+
+def moved(pictures: Tensor, draw: torch.Generator) -> Tensor:
+    """The pictures, each shifted by up to an eighth of its side, half of them mirrored."""
+    batch, side = len(pictures), pictures.shape[-1]
+    reach, along = side // 8, torch.arange(side)
+    shift = torch.randint(0, 2 * reach + 1, (2, batch, 1), generator=draw)
+    mirrored = torch.randint(0, 2, (batch, 1), generator=draw) > 0
+    rows = along + shift[0]
+    columns = torch.where(mirrored, side - 1 - along, along) + shift[1]
+    padded = F.pad(pictures, (reach,) * 4)
+    image = torch.arange(batch)[:, None, None]
+    # Indexed in the first and the last two dimensions: the channels come last.
+    return padded[image, :, rows[:, :, None], columns[:, None]].movedim(3, 1)
 
 
 # -------------------------------------------------------------------------------- training
 
 
 def build(scale: Scale, training: Training, seed: int) -> VisionTransformer:
-    """The model, patched where it is to be; the same weights for the same seed."""
+    """The model, patched where it is to be; the same weights for the same seed.
+
+    timm's initial weights are meant for wider models and longer training: under them this one has
+    learned nothing after 600 steps. As in `skipvit demo` the linear maps are scaled by their width,
+    a patch is embedded with its neighbours, and the positions start as large as the pixels.
+    """
     torch.manual_seed(seed)
     channels, side = scale.shape
     make = models.STViT if training.skip == STVIT else VisionTransformer
@@ -127,6 +135,12 @@ def build(scale: Scale, training: Training, seed: int) -> VisionTransformer:
         img_size=side, patch_size=scale.patch, in_chans=channels, num_classes=10,
         embed_dim=scale.width, depth=12, num_heads=scale.heads, weight_init="jax",
     )  # fmt: skip
+    model.patch_embed.proj = nn.Conv2d(
+        channels, scale.width, 2 * scale.patch, stride=scale.patch, padding=scale.patch // 2
+    )
+    for learned in (model.pos_embed, model.cls_token):
+        if learned is not None:
+            nn.init.normal_(learned, std=0.5)
     if training.patched:
         sk.patch(model, training.skip, warmup_epochs=training.warmup)
     return model
@@ -151,7 +165,9 @@ def train(cell: Cell, folder: Path, device: str) -> list[Any]:
     model = build(scale, training, cell.seed).to(device).train()
     factor = speedup(scale, training) if training.as_long else 1
     steps = round(scale.images * factor) // scale.batch
-    optimizer = torch.optim.AdamW(model.parameters(), scale.lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), scale.lr, betas=(0.9, 0.98), weight_decay=0.05
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, scale.lr, total_steps=steps, pct_start=0.1
     )

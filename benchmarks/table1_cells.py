@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 SEEDS = 3
 PARTS = 20  # of a training: what `set_epoch` counts in it, so that a part is 5 % of the epochs
@@ -77,8 +78,9 @@ class Scale:
         patch: side of a patch, pixels.
         width, heads: of the model.
         images: that a training sees, in passes over the training set.
-        batch, lr: of a step of AdamW.
         trainings: at this scale, each from SEEDS seeds.
+        batch, lr: of a step of AdamW.
+        augment: whether pictures are shifted and mirrored: where they are seen many times.
     """
 
     name: str
@@ -88,8 +90,9 @@ class Scale:
     heads: int
     images: int
     trainings: tuple[Training, ...]
-    batch: int = 128
-    lr: float = 1e-3
+    batch: int = 32
+    lr: float = 2e-3
+    augment: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,13 +101,15 @@ class Scale:
 
 
 CPU = (
-    Scale("49 tokens", "fashion", 4, 48, 3, 40_000, EVERY + SYSTEMS + LATER, batch=64),
-    Scale("196 tokens", "fashion", 2, 48, 3, 20_000, TELLING, batch=64),
-    Scale("49 tokens, twice as wide", "fashion", 4, 96, 6, 40_000, TELLING, batch=64),
+    Scale("49 tokens", "fashion", 4, 48, 3, 24_000, EVERY + SYSTEMS + LATER),
+    Scale("196 tokens", "fashion", 2, 48, 3, 12_000, TELLING),
+    Scale("49 tokens, twice as wide", "fashion", 4, 96, 6, 24_000, TELLING),
 )
+_EPOCHS = 100 * 9_469
+_GPU: dict[str, Any] = {"batch": 128, "lr": 5e-4, "augment": True}
 GPU = (
-    Scale("256 tokens", "imagenette", 8, 384, 6, 100 * 9_469, EVERY + SYSTEMS + LATER, lr=5e-4),
-    Scale("256 tokens, half as wide", "imagenette", 8, 192, 3, 100 * 9_469, TELLING, lr=5e-4),
+    Scale("256 tokens", "imagenette", 8, 384, 6, _EPOCHS, EVERY + SYSTEMS + LATER, **_GPU),
+    Scale("256 tokens, half as wide", "imagenette", 8, 192, 3, _EPOCHS, TELLING, **_GPU),
 )
 
 
