@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
+from skipvit_kernels import models
 from skipvit_kernels.lab import bench, report
 from skipvit_kernels.skipping.config import SkipConfig
 from skipvit_kernels.skipping.patch import patch, record_skips, unpatch
@@ -44,7 +45,8 @@ def run(
     """Draw the pictures, and what each drop of the model left of them, into one file.
 
     A column for each drop of each configuration, or with several files of weights for the last drop
-    under each of them: the choice over the epochs of a training.
+    under each of them: the choice over the epochs of a training. Of an STViT, which no patch
+    changes, the regions of its semantic tokens; the configurations are not used.
 
     Args:
         paths: of pictures, and of folders of them.
@@ -71,16 +73,22 @@ def run(
     built = bench.build(job, pretrained=pretrained).eval()
     images, shown = read_pictures(files, built)
     columns = [Column("", shown)]
-    for config, file in itertools.product(configs, weights or (None,)):
+    stvit = isinstance(built, models.STViT)
+    for config, file in itertools.product(("",) if stvit else configs, weights or (None,)):
         if file is not None:
             load(built, file)
-        records = record(patch(built, SkipConfig.parse(config).at()), images.to(device))
+        lines = [config] if len(configs) > 1 and not stvit else []
+        lines += [file.stem] if file is not None and len(weights) > 1 else []
+        if stvit:
+            owner = torch.cat([built.clusters(some.to(device)) for some in images.split(AT_ONCE)])
+            title = "\n".join([*lines, f"{built.semantic_grid**2} semantic tokens"])
+            columns.append(Column(title, regions(shown, owner.cpu())))
+            continue
+        records = record(patch(built, config, warmup_epochs=0), images.to(device))
         unpatch(built)
         drops = range(len(records[0].indices))
         for drop in drops[-1:] if len(weights) > 1 else drops:
-            title = _title(records[0], drop)
-            title = f"{config}\n{title}" if len(configs) > 1 else title
-            title = f"{file.stem}\n{title}" if file is not None and len(weights) > 1 else title
+            title = "\n".join([*lines[::-1], _title(records[0], drop)])
             if scores:
                 heat = torch.cat([r.scores(drop)[:, r.num_prefix_tokens :] for r in records])
                 columns.append(Column(f"scores\n{title}", heat_map(shown, heat)))
@@ -146,21 +154,25 @@ def record(model: nn.Module, images: Tensor) -> list[SkipRecord]:
 def overlay(pictures: Tensor, record: SkipRecord, drop: int) -> Tensor:
     """The pictures (B, 3, H, W) with skipped patches faded, or merged ones in their mean colour."""
     prefix = record.num_prefix_tokens
-    if not record.owners:
-        kept = _to_pixels(record.kept(drop)[:, prefix:].cpu().float(), pictures)
-        return torch.lerp(torch.ones_like(pictures), pictures, 0.2 + 0.8 * kept)
-    owner = (record.owner(drop)[:, prefix:] - prefix).cpu()
-    grid = _grid(owner.shape[1], pictures)
-    colours = nn.functional.adaptive_avg_pool2d(pictures, grid).flatten(2)
+    if record.owners:
+        return regions(pictures, (record.owner(drop)[:, prefix:] - prefix).cpu())
+    kept = _to_pixels(record.kept(drop)[:, prefix:].cpu().float(), pictures)
+    return torch.lerp(torch.ones_like(pictures), pictures, 0.2 + 0.8 * kept)
+
+
+def regions(pictures: Tensor, owner: Tensor) -> Tensor:
+    """The pictures with the patches of each owner (B, N) in their mean colour, lines between."""
+    colours = nn.functional.adaptive_avg_pool2d(pictures, _grid(owner.shape[1], pictures))
+    colours = colours.flatten(2)
     where = owner[:, None].expand_as(colours)
     means = torch.zeros_like(colours).scatter_reduce(2, where, colours, "mean", include_self=False)
-    regions = _to_pixels(means.gather(2, where), pictures)
+    filled = _to_pixels(means.gather(2, where), pictures)
     # A line where two neighbours went into different tokens.
     owners = _to_pixels(owner[:, None].float(), pictures)
     edge = torch.zeros_like(owners, dtype=torch.bool)
     edge[..., 1:, :] |= owners[..., 1:, :] != owners[..., :-1, :]
     edge[..., :, 1:] |= owners[..., :, 1:] != owners[..., :, :-1]
-    return torch.where(edge, regions * 0.5 + 0.5, regions)
+    return torch.where(edge, filled * 0.5 + 0.5, filled)
 
 
 def heat_map(pictures: Tensor, scores: Tensor) -> Tensor:

@@ -64,11 +64,20 @@ class CrossAttention(nn.Module):
 
         mask: what SDPA takes as `attn_mask`, broadcast to (B, H, M, N).
         """
-        q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self._heads(q, kv)
         dropout = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def weights(self, tokens: Tensor, keys: Tensor) -> Tensor:
+        """How much tokens (B, M, C) take of each key (B, N, C): (B, M, N), mean of the heads."""
+        q, k, _ = self._heads(self.q(tokens), self.kv(keys))
+        return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1).mean(1)
+
+    def _heads(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
 
 
 class CrossBlock(Block):
@@ -413,7 +422,7 @@ class STViT(VisionTransformer):
 
         options = {"global_pool": "avg", "fc_norm": False, **options, "block_fn": block}
         super().__init__(depth=depth, **options)
-        self.base_depth = base_depth
+        self.base_depth, self.generating_depth = base_depth, generating_depth
         self.semantic_grid = semantic_grid
         for info in self.feature_info[base_depth:]:
             info["reduction"] = self.patch_embed.img_size[0] // semantic_grid
@@ -427,6 +436,18 @@ class STViT(VisionTransformer):
         super().set_input_size(img_size, patch_size)
         first: Any = self.blocks[self.base_depth]
         first.pool.set_window(self.patch_embed.grid_size)
+
+    @torch.no_grad()
+    def clusters(self, images: Tensor) -> Tensor:
+        """The semantic token that takes most of each patch in the last generating layer.
+
+        (B, N) int64 for images (B, 3, H, W): the token's place in the semantic grid, row by row.
+        """
+        last: Any = self.blocks[self.base_depth + self.generating_depth - 1]
+        seen: list[Tensor] = []
+        with last.attn.register_forward_pre_hook(lambda _, read: seen.extend(read)):
+            self(images)
+        return last.attn.weights(*seen)[:, :, last.num_tokens :].argmax(1)
 
     def forward_intermediates(  # type: ignore[override]
         self, x: Tensor, indices: Any = None, output_fmt: str = "NCHW", **options: Any

@@ -121,3 +121,36 @@ def test_what_cannot_be_shown_is_refused_in_one_line(photos, tmp_path, capsys):
         assert cli.main(["show", *arguments]) == 2, arguments
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("skipvit show: ") and said in line
+
+
+def test_semantic_tokens_of_stvit_are_drawn_as_regions(photos, tmp_path, monkeypatch):
+    drawn = []
+    real = show.draw
+    monkeypatch.setattr(show, "draw", lambda columns: drawn.extend(columns) or real(columns))
+    name = "stvit_deit_tiny_patch16_224"
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    for parameter in model.parameters():  # at the start every token reads all patches alike
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.save(model.state_dict(), tmp_path / "stvit.pth")
+    arguments = ["--model", name, "--weights", str(tmp_path / "stvit.pth")]
+    assert cli.main(["show", str(photos), *arguments, "--out", str(tmp_path / "out.png")]) == 0
+    assert [column.title for column in drawn] == ["", "16 semantic tokens"]
+
+    # The attention of the last generating layer, from its own weights.
+    images, shown = show.read_pictures(show.find_pictures([photos]), model)
+    with torch.inference_mode():
+        x = model._pos_embed(model.patch_embed(images))
+        for block in model.blocks[:5]:
+            x = block(x)
+        last = model.blocks[5]
+        tokens, keys = last.norm1(x[:, :16] + last.global_centres), last.norm1(x)
+        q, k = last.attn.q(tokens), last.attn.kv(keys)[..., :192]
+        maps = [
+            (a @ b.transpose(1, 2) / 8).softmax(2)
+            for a, b in zip(q.split(64, 2), k.split(64, 2), strict=True)
+        ]
+        owner = sum(maps)[:, :, 16:].argmax(1)
+    assert len(owner.unique()) > 4
+    assert torch.equal(model.clusters(images), owner)
+    torch.testing.assert_close(drawn[1].pictures, show.regions(shown, owner))
