@@ -94,7 +94,10 @@ class Training:
             teacher = copy.deepcopy(model).requires_grad_(False).to(accelerator.device)
         self.patched = settings.config_of(0)
         self.running = self.patched.at(0)
-        patch(model, self.patched)
+        # Without a configuration any model of timm's trains, STViT among them.
+        self.patches = bool(settings.config.drop_at) or settings.config.cls_only_last_block
+        if self.patches:
+            patch(model, self.patched)
         self.loader = self._loader(train, model, num_classes, training=True)
         self.val_loader = None
         if val is not None:
@@ -249,6 +252,8 @@ class Training:
 
     def _skip(self) -> None:
         """Have the model, and its average, skip as the step wants it."""
+        if not self.patches:
+            return
         config = self.settings.config_of(self.epoch)
         epoch = self.epoch + self.batch / len(self.loader)
         for model in (self.unwrapped, *([self.ema.module] if self.ema else [])):

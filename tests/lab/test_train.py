@@ -123,6 +123,23 @@ def test_a_training_learns_writes_its_logs_and_loads_unpatched(data, tmp_path, c
     assert not sk.is_patched(model)
 
 
+def test_stvit_trains_and_cannot_skip_besides(data, tmp_path, capsys):
+    shape = ("base_depth=1", "semantic_grid=2")
+    stvit = ("--model", "stvit_deit_tiny_patch16_224", "--model-args", *shape)
+    assert run(data, tmp_path / "out", *stvit, "--epochs", "4", "--lr", "3e-3") == 0
+    rows = log(tmp_path / "out")
+    assert {row["skip"] for row in rows} == {"unskipped"}
+    assert float(rows[-1]["val_top1"]) > 0.9
+    model = timm.create_model(
+        "stvit_deit_tiny_patch16_224", img_size=32, num_classes=3, base_depth=1, semantic_grid=2,
+        **MODEL,
+    )  # fmt: skip
+    timm.models.load_checkpoint(model, str(tmp_path / "out" / "best.pth"))
+    capsys.readouterr()
+    assert run(data, tmp_path / "no", *stvit, "--skip", "1(50%)") != 0
+    assert "STViT: its semantic tokens take the place of the patches" in capsys.readouterr().err
+
+
 def test_the_model_is_patched_as_each_epoch_says(data, tmp_path, monkeypatch):
     seen = []
     forward = train.ClassificationTask.forward
