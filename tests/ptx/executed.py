@@ -23,6 +23,8 @@ from ptx.machine import BUILD, Fault, Memory, Program, unavailable_reason
 from triton import knobs
 from triton.backends.nvidia.compiler import CUDABackend
 
+from skipvit_kernels.backends.triton import topk
+
 TARGET = "sm_90"
 DTYPES = {
     "*fp64": torch.float64, "*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16,
@@ -156,6 +158,7 @@ driver: Driver
 def pytest_configure() -> None:
     global driver
     driver = _stack.enter_context(ptx_driver())
+    topk.MAX_SELECTING = 8  # only the smallest inputs select in every program: a fifth of the time
     triton = backend_matrix.BACKENDS["triton"]
     fields = {f.name: getattr(triton, f.name) for f in dataclasses.fields(triton)}
     fields.update(device="cpu", lacks=lambda module: unavailable_reason())

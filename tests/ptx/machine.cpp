@@ -381,7 +381,8 @@ void floating(const string& type) {
     define<T, T, T, T>("fma.rn." + type, [](T a, T b, T c) { return std::fma(a, b, c); });
     define<T, T, T>("min." + type, [](T a, T b) { return std::fmin(a, b); });
     define<T, T, T>("max." + type, [](T a, T b) { return std::fmax(a, b); });
-    define<T, T, T, bool>("selp." + type, [](T a, T b, bool c) { return c ? a : b; });
+    using U = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;  // a NaN keeps its bits
+    define<U, U, U, bool>("selp." + type, [](U a, U b, bool c) { return c ? a : b; });
   }
   compare<T>(type);
 }
@@ -628,6 +629,7 @@ void control() {
                     each_lane(lanes, [&](int lane) { w.places[lane] = size_t(o[0].offset); });
                     w.apart = true;
                   }};
+  table["trap"] = {0, [](Warp&, const Operands&, uint32_t) { fault("trap"); }};
   together("ret", 0, [](Warp& w, const Operands&) { w.done = true; });
   together("bar.sync", 1, [](Warp& w, const Operands& o) {
     if (w.registers[o[0].reg][0]) fault("a barrier of some threads");
