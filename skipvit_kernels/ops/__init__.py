@@ -2,6 +2,10 @@
 
 Shapes: B images, N = P + n tokens of which the first P are prefix tokens (CLS, distillation,
 registers) and n are patches, C channels, H heads, D head width, K kept patches.
+
+The same call gives the same bits every time. Rows that are moved and indices are the same in every
+memory layout of the arguments; sums (cls_scores, the fused row, the gradients to scores and update)
+may be added up in another order in another layout, within the rounding of a float32 sum.
 """
 
 from skipvit_kernels.ops.library import LIBRARY, OPERATORS

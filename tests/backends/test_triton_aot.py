@@ -33,6 +33,9 @@ MOVERS = (
     "restore_rows",
 )
 
+# Bytes of shared memory, a third of what the smallest GPU has.
+SMALL = 16 * 1024
+
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
@@ -47,7 +50,8 @@ def test_no_spill_and_16_byte_moves(target, shape):
             f" {r.wide_stores + r.narrow_stores}"
         )
         assert r.spills == 0, f"{name} spills {r.spills} bytes"
-        assert r.shared <= MAX_SHARED[target]
+        # cls_scores asks for the device's limit; no other kernel comes near that of any GPU.
+        assert r.shared <= (MAX_SHARED[target] if name.startswith("cls_scores") else SMALL)
         if name.startswith(MOVERS):
             assert r.wide_loads > 0 and r.wide_stores > 0, f"{name} does not move 16 bytes at once"
         if name.startswith(("cls_scores", "cls_logits")):
@@ -83,14 +87,21 @@ def test_cls_scores_of_large_keys_fits_shared_memory(target):
 
 
 def test_a_gpu_of_little_shared_memory_gets_a_smaller_tile(monkeypatch):
-    """Smaller than any that Triton serves; and the limit is asked anew for each target."""
+    """Smaller than any that Triton serves; and the limit is asked anew for each target.
+
+    Where it is exceeded Triton raises OutOfResources. Wide keys of 8 bytes take the most.
+    """
     inputs = triton_offline.vit_inputs(1, 197, 384, 6, torch.bfloat16)
     used = []
-    for limit in (163 * 1024, 16 * 1024, 163 * 1024):
+    for limit in (163 * 1024, SMALL, 163 * 1024):
         monkeypatch.setitem(MAX_SHARED, "sm_80", limit)
         with triton_offline.offline("sm_80") as driver:
             kernels.cls_scores(inputs[5], inputs[6])
         used.append([launch.kernel for launch in driver.launches])
+    monkeypatch.setitem(MAX_SHARED, "sm_80", SMALL)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        with triton_offline.offline("sm_80"):
+            triton_offline.run_all(triton_offline.Shape(16, 577, 1280, 16, dtype))
     one, two = ["_cls_scores_kernel"], ["_cls_logits_kernel", "_cls_softmax_mean_kernel"]
     assert used == [one, two, one]
 

@@ -282,6 +282,29 @@ def test_scatter_back_leaves_its_inputs_alone(backend):
 # -------------------------------------------------------------------- gather_topk_fuse
 
 
+def check_fused(fused, x, scores, num_keep, prefix):
+    """The last row, (B, C): the dropped rows' sum by their scores."""
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    _, dropped = reference.select(scores, num_keep)
+    rows = reference.gather_rows(x, dropped + prefix).double()
+    weights = reference.head_mean(scores).gather(1, dropped).double()[..., None]
+    exact = (weights * rows).sum(1)
+    terms = (weights * rows).abs().sum(1)
+    bound = (dropped.shape[1] + 2) * ulp(accumulate) * terms + ulp(x.dtype) / 2 * exact.abs()
+    # Underflow: a sum below the smallest normal number of the dtype is rounded absolutely.
+    within(fused.contiguous(), exact, bound + torch.finfo(x.dtype).tiny)
+
+
+def check_grad_scores(grad_scores, grad, x, scores, index):
+    exact = reference.gather_topk_fuse_backward(grad.double(), x.double(), scores.double(), index)[
+        1
+    ]
+    terms = (x.double() * grad[:, -1:].double()).abs().sum(-1)[:, x.shape[1] - scores.shape[-1] :]
+    if scores.dim() == 3:
+        terms = terms[:, None] / scores.shape[1]
+    within(grad_scores, exact, (x.shape[2] + 3) * ulp(torch.float32) * terms)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=IDS)
 @pytest.mark.parametrize("heads", [None, 3])
 def test_gather_topk_fuse_and_backward(backend, dtype, size, heads):
@@ -292,28 +315,14 @@ def test_gather_topk_fuse_and_backward(backend, dtype, size, heads):
     same_bits(index, expected_index)
     same_bits(tokens[:, :-1].contiguous(), kept)
 
-    accumulate = torch.promote_types(dtype, torch.float32)
-    _, dropped = reference.select(scores, num_keep)
-    rows = reference.gather_rows(x, dropped + prefix).double()
-    weights = reference.head_mean(scores).gather(1, dropped).double()[..., None]
-    exact = (weights * rows).sum(1)
-    terms = (weights * rows).abs().sum(1)
-    bound = (dropped.shape[1] + 2) * ulp(accumulate) * terms + ulp(dtype) / 2 * exact.abs()
-    # Underflow: a sum below the smallest normal number of the dtype is rounded absolutely.
-    within(tokens[:, -1].contiguous(), exact, bound + torch.finfo(dtype).tiny)
+    check_fused(tokens[:, -1], x, scores, num_keep, prefix)
 
     grad = torch.randn(tokens.shape).to(x)
     launch = backend.launcher("gather_topk_fuse_backward")
     grad_x, grad_scores = launch(grad, x, scores, index)
     want_x, _ = reference.gather_topk_fuse_backward(grad, x, scores, index)
     same_bits(grad_x, want_x)
-    exact = reference.gather_topk_fuse_backward(grad.double(), x.double(), scores.double(), index)[
-        1
-    ]
-    terms = (x.double() * grad[:, -1:].double()).abs().sum(-1)[:, prefix:]
-    if heads:
-        terms = terms[:, None] / heads
-    within(grad_scores, exact, (x.shape[2] + 3) * ulp(torch.float32) * terms)
+    check_grad_scores(grad_scores, grad, x, scores, index)
     kept_patches = index[:, prefix:] - prefix
     if heads:
         kept_patches = kept_patches[:, None].expand(-1, heads, -1)
@@ -334,18 +343,20 @@ def test_a_prefix_token_that_was_not_kept_gets_no_gradient(backend):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gather_topk_fuse_reads_any_layout(backend, layout):
+    """What is moved has the same bits; in another layout sums may be added up in another order."""
     x, scores, num_keep, prefix = make(backend, (3, 37, 2, 24, 17), torch.float32, heads=3)
+    laid = strided(x, layout), strided(scores, layout)
     launch = backend.launcher("gather_topk_fuse")
-    expected = launch(x, scores, num_keep, num_prefix_tokens=prefix)
-    got = launch(strided(x, layout), strided(scores, layout), num_keep, num_prefix_tokens=prefix)
-    same_bits(got[0], expected[0])
-    same_bits(got[1], expected[1])
-    launch = backend.launcher("gather_topk_fuse_backward")
+    tokens, index = launch(*laid, num_keep, num_prefix_tokens=prefix)
+    kept, expected_index = reference.gather_topk(x, scores, num_keep, num_prefix_tokens=prefix)
+    same_bits(index, expected_index)
+    same_bits(tokens[:, :-1].contiguous(), kept)
+    check_fused(tokens[:, -1], x, scores, num_keep, prefix)
     grad = torch.randn(3, 20, 24, device=backend.device)
-    expected = launch(grad, x, scores, got[1])
-    got = launch(strided(grad, layout), strided(x, layout), strided(scores, layout), got[1])
-    same_bits(got[0], expected[0])
-    same_bits(got[1], expected[1])
+    launch = backend.launcher("gather_topk_fuse_backward")
+    grad_x, grad_scores = launch(strided(grad, layout), *laid, index)
+    same_bits(grad_x, reference.gather_topk_fuse_backward(grad, x, scores, index)[0])
+    check_grad_scores(grad_scores, grad, x, scores, index)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
