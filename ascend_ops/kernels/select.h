@@ -124,9 +124,11 @@ class Selection {
     Duplicate(scratch, 1.0f, n);
     PipeBarrier<PIPE_V>();
     Min(nan, low, scratch, n);  // 1 where low > 0
+    PipeBarrier<PIPE_V>();
     Mul(low, low, sign, n);
     PipeBarrier<PIPE_V>();
     Add(nan, nan, high, n);
+    PipeBarrier<PIPE_V>();
     Mul(high, high, sign, n);
     PipeBarrier<PIPE_V>();
     Adds(nan, nan, -32640.0f, n);  // 0x7F80: above 0 for a NaN alone
@@ -138,6 +140,7 @@ class Selection {
     Max(nan, nan, scratch, n);
     PipeBarrier<PIPE_V>();
     Muls(scratch, nan, -1.0f, n);
+    PipeBarrier<PIPE_V>();
     Muls(nan, nan, static_cast<float>(kHighestHigh), n);
     PipeBarrier<PIPE_V>();
     Adds(scratch, scratch, 1.0f, n);  // 0 for a NaN

@@ -127,6 +127,8 @@ struct Core {
     int write_pipe = kS;
     uint32_t write = 0;
     uint32_t read[kPipes] = {};
+    // The read before an operation's own: one that reads and writes the unit must still wait for it.
+    uint32_t read_before[kPipes] = {};
   };
   struct Flag {
     bool set = false;
@@ -188,9 +190,8 @@ struct Core {
     return number;
   }
 
-  void before(Pipe pipe, uint32_t number, int other, uint32_t earlier, size_t address,
-              const char* hazard) {
-    if (earlier == 0 || (other == pipe && earlier == number) || known[pipe][other] >= earlier) {
+  void before(Pipe pipe, int other, uint32_t earlier, size_t address, const char* hazard) {
+    if (earlier == 0 || known[pipe][other] >= earlier) {
       return;
     }
     fail("race (", hazard, "): the ", kPipeNames[pipe], " pipe does not wait for the ",
@@ -199,19 +200,29 @@ struct Core {
 
   void read(Pipe pipe, uint32_t number, size_t address, size_t bytes) {
     for (size_t u = address / kUnit; u <= (address + bytes - 1) / kUnit; ++u) {
-      before(pipe, number, units[u].write_pipe, units[u].write, u * kUnit, "read after write");
-      units[u].read[pipe] = number;
+      Unit& unit = units[u];
+      if (unit.write_pipe != pipe || unit.write != number) {
+        before(pipe, unit.write_pipe, unit.write, u * kUnit, "read after write");
+      }
+      if (unit.read[pipe] != number) {
+        unit.read_before[pipe] = unit.read[pipe];
+        unit.read[pipe] = number;
+      }
     }
   }
 
   void write(Pipe pipe, uint32_t number, size_t address, size_t bytes) {
     for (size_t u = address / kUnit; u <= (address + bytes - 1) / kUnit; ++u) {
-      before(pipe, number, units[u].write_pipe, units[u].write, u * kUnit, "write after write");
-      for (int p = 0; p < kPipes; ++p) {
-        before(pipe, number, p, units[u].read[p], u * kUnit, "write after read");
+      Unit& unit = units[u];
+      if (unit.write_pipe != pipe || unit.write != number) {
+        before(pipe, unit.write_pipe, unit.write, u * kUnit, "write after write");
       }
-      units[u].write_pipe = pipe;
-      units[u].write = number;
+      for (int p = 0; p < kPipes; ++p) {
+        const bool own = p == pipe && unit.read[p] == number;
+        before(pipe, p, own ? unit.read_before[p] : unit.read[p], u * kUnit, "write after read");
+      }
+      unit.write_pipe = pipe;
+      unit.write = number;
     }
   }
 

@@ -124,6 +124,18 @@ int main() {
     Muls(b, a, 1.0f, 64);
   });
 
+  expect("write after read", [] {  // in place: its own read must not hide the one before it
+    const LocalTensor<float> a = filled(), b = filled(), c = buffer();
+    Add(c, a, b, 64);
+    Muls(a, a, 2.0f, 64);
+  });
+  expect("", [] {
+    const LocalTensor<float> a = filled(), b = filled(), c = buffer();
+    Add(c, a, b, 64);
+    PipeBarrier<PIPE_V>();
+    Muls(a, a, 2.0f, 64);
+  });
+
   // -------------------------------------------------------------------------- flags
   expect("nobody set", [] { WaitFlag<HardEvent::V_S>(EVENT_ID0); });
   expect("never waited for", [] { SetFlag<HardEvent::V_S>(EVENT_ID0); });
