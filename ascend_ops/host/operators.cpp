@@ -365,6 +365,19 @@ Call gather_topk_fuse_backward(const View& grad, const View& x, const View& scor
   return call;
 }
 
+std::string refuse_chip(const char* soc_name) {
+  const std::string name = soc_name == nullptr ? "a chip without a name" : soc_name;
+  for (const char* chip : {"Ascend910A", "Ascend910ProA", "Ascend910PremiumA", "Ascend910ProB",
+                           "Ascend910B"}) {  // no digit: 910B1 to B4 are another architecture
+    if (name == chip) {
+      return "";
+    }
+  }
+  return text(
+      "the Ascend kernels are for the first Ascend910 (Ascend910A, ProA, PremiumA, ProB, or ",
+      "Ascend910B without a digit), got ", name);
+}
+
 bool reads_in_place(const View& k) {
   const int64_t size = size_of(k.dtype), width = k.sizes[3];
   // torch calls a dimension of one entry contiguous whatever its stride.

@@ -54,6 +54,11 @@ Call scatter_back(const View& x, const View& tokens, const View& index, const Vi
 Call scatter_back_backward(const View& grad, const View& index, bool has_update, uint32_t cores);
 Call cls_scores(const View& q, const View& k, double scale, int64_t num_prefix, uint32_t cores);
 
+// Why the kernels cannot run on the chip of this name (null: the driver has none), or an empty
+// text. The launch functions that CANN generates print and return success on a chip they were not
+// built for, and outputs would keep whatever their memory held.
+std::string refuse_chip(const char* soc_name);
+
 // Whether cls_scores reads k as it lies; otherwise it must be made dense first.
 bool reads_in_place(const View& k);
 

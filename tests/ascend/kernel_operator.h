@@ -127,7 +127,8 @@ struct Core {
     int write_pipe = kS;
     uint32_t write = 0;
     uint32_t read[kPipes] = {};
-    // The read before an operation's own: one that reads and writes the unit must still wait for it.
+    // The read before an operation's own: one that reads and writes the unit must still wait for
+    // it.
     uint32_t read_before[kPipes] = {};
   };
   struct Flag {

@@ -130,6 +130,10 @@ struct PlainView {
   int64_t sizes[4], strides[4];
 };
 
+const char* skipvit_model_refuse_chip(const char* name) {
+  return (error = skipvit::refuse_chip(name)).c_str();
+}
+
 const char* skipvit_model_error() { return error.c_str(); }
 
 // A call of `op` on views and numbers, or null: *kind is then 1 for a TypeError, 2 for a

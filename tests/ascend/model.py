@@ -80,6 +80,7 @@ class _View(ctypes.Structure):
 def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.skipvit_model_error.restype = ctypes.c_char_p
+    library.skipvit_model_refuse_chip.restype = ctypes.c_char_p
     library.skipvit_model_plan.restype = ctypes.c_void_p
     library.skipvit_model_workspace.restype = ctypes.c_int64
     library.skipvit_model_ub_bytes.restype = ctypes.c_int64
@@ -87,6 +88,12 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 _library = functools.cache(lambda: load(build()))
+
+
+def refuse_chip(name: str | None) -> str:
+    """Why the kernels cannot run on a chip of this name, or an empty text."""
+    text: bytes = _library().skipvit_model_refuse_chip(None if name is None else name.encode())
+    return text.decode()
 
 
 def _view(name: str, tensor: Tensor | None) -> _View:

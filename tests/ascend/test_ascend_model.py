@@ -361,3 +361,11 @@ def test_what_the_chip_cannot_do_is_refused_by_name(case):
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_only_the_chips_that_the_kernels_are_built_for_are_not_refused():
+    for part in ("A", "ProA", "PremiumA", "ProB", "B"):
+        assert model.refuse_chip(f"Ascend910{part}") == ""
+    for name in ("Ascend910B1", "Ascend910_9391", "Ascend310P3", "Ascend910", ""):
+        assert model.refuse_chip(name).endswith(f"without a digit), got {name}")
+    assert model.refuse_chip(None).endswith("got a chip without a name")
