@@ -120,11 +120,10 @@ std::vector<Tensor> run(const char* name, std::vector<Tensor> inputs, const Plan
     addresses.push_back(memory.data_ptr());
     outputs.push_back(memory.narrow(0, 0, c10::multiply_integers(output.sizes)).view(output.sizes));
   }
-  const Tensor workspace = at::empty({call.workspace_bytes}, like.options().dtype(at::kByte));
   aclrtStream stream = c10_npu::getCurrentNPUStream().stream(false);
   at_npu::native::OpCommand::RunOpApi(
-      name, [call = std::move(call), addresses, inputs, outputs, workspace, stream]() -> int {
-        return static_cast<int>(call.launch(addresses, workspace.data_ptr(), stream));
+      name, [call = std::move(call), addresses, inputs, outputs, stream]() -> int {
+        return static_cast<int>(call.launch(addresses, stream));
       });
   return outputs;
 }

@@ -29,17 +29,16 @@ struct Output {
   std::vector<int64_t> sizes;
   std::string dtype;
   // Elements to allocate: the kernels write whole 32-byte blocks, so the last may reach past the
-  // end.
+  // end, by less than a block.
   int64_t storage;
 };
 
 // A checked call, ready for its memory.
 struct Call {
   std::vector<Output> outputs;
-  int64_t workspace_bytes = 0;
   uint64_t ub_bytes = 0;  // unified buffer that the largest of the kernels takes
   // Enqueues the kernels on `stream`; 0 or the first error code.
-  std::function<uint32_t(const std::vector<void*>& outputs, void* workspace, void* stream)> launch;
+  std::function<uint32_t(const std::vector<void*>& outputs, void* stream)> launch;
 };
 
 // Every view but k is dense. `cores` is how many AI cores to use, 1 to 32.
