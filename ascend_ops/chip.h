@@ -15,8 +15,7 @@ constexpr uint32_t kMaxRowBytes = 32 * 1024;
 constexpr uint32_t kMaxTileRows = 128;     // rows of one buffer; more gain nothing
 constexpr uint32_t kBitRows = 64;          // of a tile of fuse_backward: their kinds are bits
 constexpr uint32_t kWriterElements = 512;  // staged by a FlatWriter before it writes them out
-constexpr uint32_t kRowSums = 8;           // that sum_rows keeps, each of every eighth row
-constexpr uint32_t kSumRows = 16;          // of its tile: fewer stall the loads, more the end
+constexpr uint32_t kRowSums = 8;           // that sum_rows keeps, and rows of its tile
 constexpr uint32_t kMaxHeadWidth = 1024;
 constexpr uint32_t kPiecePatches = 32;  // of the pieces that cores share in fuse_backward
 

@@ -27,7 +27,7 @@ uint32_t aclrtlaunch_skipvit_place_rows(uint32_t, void*, void*, void*, void*, vo
                                         uint32_t);
 uint32_t aclrtlaunch_skipvit_sum_rows(uint32_t, void*, void*, void*, void*, void*, uint64_t,
                                       uint64_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t,
-                                      uint32_t, uint32_t, uint32_t, uint32_t, uint32_t);
+                                      uint32_t, uint32_t, uint32_t, uint32_t);
 uint32_t aclrtlaunch_skipvit_fuse_backward(uint32_t, void*, void*, void*, void*, void*, void*,
                                            void*, uint64_t, uint64_t, uint32_t, uint32_t, uint32_t,
                                            uint32_t, uint32_t, uint32_t, uint32_t, uint32_t);

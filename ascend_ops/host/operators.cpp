@@ -259,7 +259,7 @@ Call scatter_back_backward(const View& grad, const View& index, bool has_update,
                        return aclrtlaunch_skipvit_sum_rows(
                            t.cores, stream, from, nullptr, by, outputs[2], t.total, t.per_core,
                            dtype, kFloat32, u32(num_tokens), u32(moved), u32(channels), 1, 0,
-                           u32(channels), t.block_channels, t.tile_rows);
+                           u32(channels), t.block_channels);
                      }});
   }
   run_in_order(call, std::move(steps));
@@ -299,15 +299,15 @@ Call gather_topk(const View& x, const View& scores, int64_t num_keep, int64_t nu
     const Tiling t = tile_sum_rows(batch, num_tokens, rows, channels, size_of(x.dtype), s.patches,
                                    score_size, cores);
     require_fit(t, x);
-    steps.push_back(
-        {t.ub_bytes, [=, from = x.data, by = scores.data, size = size_of(x.dtype)](
-                         const std::vector<void*>& outputs, void* stream) {
-           uint8_t* last_row = static_cast<uint8_t*>(outputs[0]) + rows * channels * size;
-           return aclrtlaunch_skipvit_sum_rows(
-               t.cores, stream, from, by, outputs[1], last_row, t.total, t.per_core, dtype, s.dtype,
-               u32(num_tokens), u32(rows), u32(channels), u32(s.heads), u32(num_prefix),
-               u32(out_rows * channels), t.block_channels, t.tile_rows);
-         }});
+    steps.push_back({t.ub_bytes, [=, from = x.data, by = scores.data, size = size_of(x.dtype)](
+                                     const std::vector<void*>& outputs, void* stream) {
+                       uint8_t* last_row =
+                           static_cast<uint8_t*>(outputs[0]) + rows * channels * size;
+                       return aclrtlaunch_skipvit_sum_rows(
+                           t.cores, stream, from, by, outputs[1], last_row, t.total, t.per_core,
+                           dtype, s.dtype, u32(num_tokens), u32(rows), u32(channels), u32(s.heads),
+                           u32(num_prefix), u32(out_rows * channels), t.block_channels);
+                     }});
   }
   run_in_order(call, std::move(steps));
   return call;

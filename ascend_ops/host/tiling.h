@@ -91,7 +91,7 @@ inline Tiling tile_place_rows(uint64_t batch, uint64_t tokens, uint64_t moved, u
 }
 
 // Items are (image, block of columns): as many blocks as it takes to give every core one, of at
-// least 64 columns and at most 1024, fewer where tiles of eight rows would not fit.
+// least 64 columns and at most 1024, fewer where tiles of eight rows do not fit.
 // `patches` is 0 where all weights are 1.
 inline Tiling tile_sum_rows(uint64_t batch, uint64_t tokens, uint64_t moved, uint64_t channels,
                             uint64_t element_size, uint64_t patches, uint64_t score_size,
@@ -107,7 +107,7 @@ inline Tiling tile_sum_rows(uint64_t batch, uint64_t tokens, uint64_t moved, uin
              head_mean_bytes(patches, score_size, 1) + index_row_bytes(moved) +
                  round_up((tokens / 64 + 1) * 8, kBlockBytes) +
                  block * (element_size + kRowSums * 4),
-             block * element_size, block * (3 * element_size + wide), kSumRows, kRowSums);
+             block * element_size, block * (3 * element_size + wide), kRowSums, kRowSums);
     if (t.tile_rows > 0 || block <= 64) {
       return t;
     }

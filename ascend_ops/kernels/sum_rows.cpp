@@ -3,7 +3,7 @@
 // name, in float32: eight sums of every eighth of them, then the eight. With scores the weight is
 // their mean over the heads (the fused row of gather_topk_fuse), without them it is 1 (the gradient
 // of scatter_back to its update). The work is shared by image and block of columns; a block's sums
-// depend on nothing else, and tiles hold a multiple of eight rows.
+// depend on nothing else. A tile is eight rows.
 #include "named.h"
 #include "scores.h"
 
@@ -15,7 +15,7 @@ struct SumRowsArgs {
   GM_ADDR index;
   GM_ADDR out;
   uint64_t total_items, items_per_core;
-  uint32_t num_tokens, num_moved, channels, heads, prefix, out_stride, block_channels, tile_rows;
+  uint32_t num_tokens, num_moved, channels, heads, prefix, out_stride, block_channels;
 };
 
 template <typename T, typename TS>  // of the rows, of the scores
@@ -28,7 +28,6 @@ class SumRows {
     prefix_ = a.prefix;
     out_stride_ = a.out_stride;
     block_channels_ = a.block_channels;
-    tile_rows_ = a.tile_rows;
     weighted_ = a.scores != nullptr && a.num_tokens > a.prefix;
     x_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(a.x));
     out_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(a.out));
@@ -36,11 +35,11 @@ class SumRows {
       mean_.Init(pipe, a.scores, a.heads, a.num_tokens - a.prefix);
     }
     named_.Init(pipe, a.index, a.num_tokens, a.num_moved);
-    pipe->InitBuffer(in_, 3, a.tile_rows * a.block_channels * sizeof(T));
+    pipe->InitBuffer(in_, 3, kRowSums * a.block_channels * sizeof(T));
     pipe->InitBuffer(done_, 1, a.block_channels * sizeof(T));
     pipe->InitBuffer(sums_, kRowSums * a.block_channels * sizeof(float));
     if constexpr (sizeof(T) == sizeof(half)) {
-      pipe->InitBuffer(wide_, a.tile_rows * a.block_channels * sizeof(float));
+      pipe->InitBuffer(wide_, kRowSums * a.block_channels * sizeof(float));
     }
   }
 
@@ -96,19 +95,19 @@ class SumRows {
     done_.FreeTensor(out);
   }
 
-  // Up to tile_rows rows from `next` on that the index does not name; returns how many.
+  // Up to eight rows from `next` on that the index does not name; returns how many.
   __aicore__ inline uint32_t LoadTile(const LocalTensor<T>& in, uint64_t image, uint32_t first,
                                       uint32_t count, uint32_t& next) {
     const uint16_t length = static_cast<uint16_t>(count * sizeof(T) / kBlockBytes);
     const uint16_t gap = static_cast<uint16_t>((channels_ - count) * sizeof(T) / kBlockBytes);
     uint32_t loaded = 0;
-    while (next < num_tokens_ && loaded < tile_rows_) {
+    while (next < num_tokens_ && loaded < kRowSums) {
       if (named_.Has(next)) {
         ++next;
         continue;
       }
       uint32_t run = 1;
-      while (next + run < num_tokens_ && loaded + run < tile_rows_ && !named_.Has(next + run)) {
+      while (next + run < num_tokens_ && loaded + run < kRowSums && !named_.Has(next + run)) {
         ++run;
       }
       DataCopy(in[loaded * count], x_[(image * num_tokens_ + next) * channels_ + first],
@@ -143,10 +142,8 @@ class SumRows {
       }
       PipeBarrier<PIPE_V>();
     }
-    for (uint32_t i = 0; i < rows; i += kRowSums) {
-      Add(sums, sums, tile[i * count], static_cast<int32_t>(Smaller(kRowSums, rows - i) * count));
-      PipeBarrier<PIPE_V>();
-    }
+    Add(sums, sums, tile, static_cast<int32_t>(rows * count));
+    PipeBarrier<PIPE_V>();
   }
 
   TPipe* pipe_;
@@ -156,7 +153,7 @@ class SumRows {
   TQue<TPosition::VECOUT, 1> done_;
   TBuf<TPosition::VECCALC> sums_, wide_;
   GlobalTensor<T> x_, out_;
-  uint32_t num_tokens_, channels_, prefix_, out_stride_, block_channels_, tile_rows_;
+  uint32_t num_tokens_, channels_, prefix_, out_stride_, block_channels_;
   bool weighted_;
 };
 
@@ -174,10 +171,10 @@ extern "C" __global__ __aicore__ void skipvit_sum_rows(
     GM_ADDR x, GM_ADDR scores, GM_ADDR index, GM_ADDR out, uint64_t total_items,
     uint64_t items_per_core, uint32_t dtype, uint32_t scores_dtype, uint32_t num_tokens,
     uint32_t num_moved, uint32_t channels, uint32_t heads, uint32_t prefix, uint32_t out_stride,
-    uint32_t block_channels, uint32_t tile_rows) {
+    uint32_t block_channels) {
   using namespace skipvit;
   const SumRowsArgs a{x,         scores,   index, out,    total_items, items_per_core, num_tokens,
-                      num_moved, channels, heads, prefix, out_stride,  block_channels, tile_rows};
+                      num_moved, channels, heads, prefix, out_stride,  block_channels};
   if (dtype == kFloat16 && scores_dtype == kFloat16) {
     RunSumRows<half, half>(a);
   } else if (dtype == kFloat16) {

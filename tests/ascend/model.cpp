@@ -102,9 +102,9 @@ uint32_t aclrtlaunch_skipvit_place_rows(uint32_t cores, void*, void* moved, void
 uint32_t aclrtlaunch_skipvit_sum_rows(uint32_t cores, void*, void* x, void* scores, void* index,
                                       void* out, uint64_t total, uint64_t per_core, uint32_t a,
                                       uint32_t b, uint32_t c, uint32_t d, uint32_t e, uint32_t f,
-                                      uint32_t g, uint32_t h, uint32_t i, uint32_t j) {
+                                      uint32_t g, uint32_t h, uint32_t i) {
   return launch("sum_rows", skipvit_sum_rows, cores, gm(x), gm(scores), gm(index), gm(out), total,
-                per_core, a, b, c, d, e, f, g, h, i, j);
+                per_core, a, b, c, d, e, f, g, h, i);
 }
 
 uint32_t aclrtlaunch_skipvit_fuse_backward(uint32_t cores, void*, void* grad, void* x, void* scores,
