@@ -75,15 +75,21 @@ def test_the_cpu_twin_gets_a_library_a_kernel_and_the_host_code_is_optimised(tmp
     cann.write_text(
         "function(ascendc_library name kind)\n"
         '  message(STATUS "library ${name}: ${ARGN} ${CMAKE_BUILD_TYPE}")\nendfunction()\n'
+        "function(ascendc_compile_definitions name)\n"
+        '  message(STATUS "${name} with ${ARGN}")\nendfunction()\n'
     )
     command = ["cmake", "-S", str(ROOT / "ascend_ops"), "-B", str(tmp_path / "build")]
     options = [f"-DASCEND_CANN_PACKAGE_PATH={tmp_path}", "-DRUN_MODE=cpu"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     libraries = [line for line in done.stdout.splitlines() if "library skipvit_ascend_" in line]
     kernels = sorted((ROOT / "ascend_ops" / "kernels").glob("*.cpp"))
+    assert " with " not in done.stdout
     assert libraries == [
         f"-- library skipvit_ascend_{kernel.stem}: {kernel} Release" for kernel in kernels
     ]
+    reducing = [*command, *options, "-DSKIPVIT_REDUCE_FLOAT=1"]
+    done = subprocess.run(reducing, capture_output=True, text=True, check=True)
+    assert done.stdout.count(" with PRIVATE;SKIPVIT_REDUCE_FLOAT") == len(kernels)
 
 
 def test_the_page_says_what_has_not_been_done():
