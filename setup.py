@@ -5,7 +5,8 @@ SKIPVIT_BUILD_CPP=auto   build the C++ kernels, or warn and install without them
                   0      do not build them
                   1      build them, and fail if that fails
 SKIPVIT_BUILD_ASCEND=1   build the Ascend kernels too, and fail if that fails (needs CANN and
-                         torch_npu; SOC_VERSION names the chip, default Ascend910A)
+                         torch_npu; SOC_VERSION names the chip, default Ascend910A;
+                         SKIPVIT_REDUCE_FLOAT=1: see docs/ascend.md)
 """
 
 import os
@@ -64,8 +65,9 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DSKIPVIT_VERSION={self.distribution.get_version()}",
         ]
-        if ext is ASCEND and "SOC_VERSION" in env:
-            configure.append(f"-DSOC_VERSION={env['SOC_VERSION']}")
+        if ext is ASCEND:
+            options = ("SOC_VERSION", "SKIPVIT_REDUCE_FLOAT")
+            configure += [f"-D{name}={env[name]}" for name in options if name in env]
         subprocess.run(configure, check=True, env=env)
         subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
 

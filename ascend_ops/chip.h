@@ -13,9 +13,11 @@ constexpr uint32_t kMaxCores = 32;
 constexpr uint32_t kMaxTokens = 4096;  // of an image; 16 KB for each float per token
 constexpr uint32_t kMaxRowBytes = 32 * 1024;
 constexpr uint32_t kMaxTileRows = 128;     // rows of one buffer; more gain nothing
+constexpr uint32_t kBitRows = 64;          // of a tile of fuse_backward: their kinds are bits
 constexpr uint32_t kWriterElements = 512;  // staged by a FlatWriter before it writes them out
-constexpr uint32_t kMeanElements = 2048;   // of one row that mean_heads handles at a time
+constexpr uint32_t kRowSums = 8;           // that sum_rows keeps, and rows of its tile
 constexpr uint32_t kMaxHeadWidth = 1024;
+constexpr uint32_t kPiecePatches = 32;  // of the pieces that cores share in fuse_backward
 
 enum DType : uint32_t { kFloat32 = 0, kFloat16 = 1 };
 

@@ -7,11 +7,10 @@
 #include <cstdint>
 
 #ifdef SKIPVIT_WITH_CANN
-#include "aclrtlaunch_skipvit_cls_softmax.h"
+#include "aclrtlaunch_skipvit_cls_scores.h"
 #include "aclrtlaunch_skipvit_fuse_backward.h"
 #include "aclrtlaunch_skipvit_gather_rows.h"
 #include "aclrtlaunch_skipvit_gather_topk.h"
-#include "aclrtlaunch_skipvit_mean_heads.h"
 #include "aclrtlaunch_skipvit_place_rows.h"
 #include "aclrtlaunch_skipvit_sum_rows.h"
 #endif
@@ -23,18 +22,16 @@ uint32_t aclrtlaunch_skipvit_gather_topk(uint32_t, void*, void*, void*, void*, v
                                          uint32_t, uint32_t, uint32_t);
 uint32_t aclrtlaunch_skipvit_gather_rows(uint32_t, void*, void*, void*, void*, uint64_t, uint64_t,
                                          uint32_t, uint32_t, uint32_t, uint32_t);
-uint32_t aclrtlaunch_skipvit_place_rows(uint32_t, void*, void*, void*, void*, void*, void*,
+uint32_t aclrtlaunch_skipvit_place_rows(uint32_t, void*, void*, void*, void*, void*, void*, void*,
                                         uint64_t, uint64_t, uint32_t, uint32_t, uint32_t, uint32_t,
                                         uint32_t);
 uint32_t aclrtlaunch_skipvit_sum_rows(uint32_t, void*, void*, void*, void*, void*, uint64_t,
                                       uint64_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t,
-                                      uint32_t, uint32_t, uint32_t, uint32_t, uint32_t);
+                                      uint32_t, uint32_t, uint32_t, uint32_t);
 uint32_t aclrtlaunch_skipvit_fuse_backward(uint32_t, void*, void*, void*, void*, void*, void*,
                                            void*, uint64_t, uint64_t, uint32_t, uint32_t, uint32_t,
                                            uint32_t, uint32_t, uint32_t, uint32_t, uint32_t);
-uint32_t aclrtlaunch_skipvit_cls_softmax(uint32_t, void*, void*, void*, void*, uint64_t, uint64_t,
-                                         uint64_t, uint64_t, uint32_t, uint32_t, uint32_t, uint32_t,
-                                         uint32_t, uint32_t, float);
-uint32_t aclrtlaunch_skipvit_mean_heads(uint32_t, void*, void*, void*, uint64_t, uint64_t, uint32_t,
-                                        uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, float);
+uint32_t aclrtlaunch_skipvit_cls_scores(uint32_t, void*, void*, void*, void*, uint64_t, uint64_t,
+                                        uint64_t, uint64_t, uint32_t, uint32_t, uint32_t, uint32_t,
+                                        uint32_t, uint32_t, uint32_t, float);
 }

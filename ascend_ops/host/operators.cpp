@@ -129,7 +129,7 @@ Output output(std::vector<int64_t> sizes, const std::string& dtype) {
     count *= size;
   }
   const int64_t block = kBlockBytes / size_of(dtype);
-  return {std::move(sizes), dtype, (count + block - 1) / block * block};
+  return {std::move(sizes), dtype, count + block - 1};
 }
 
 void require_fit(const Tiling& tiling, const View& view) {
@@ -140,7 +140,7 @@ void require_fit(const Tiling& tiling, const View& view) {
   }
 }
 
-using Launch = std::function<uint32_t(const std::vector<void*>&, void*, void*)>;
+using Launch = std::function<uint32_t(const std::vector<void*>&, void*)>;
 
 // One kernel of a call.
 struct Step {
@@ -152,10 +152,10 @@ void run_in_order(Call& call, std::vector<Step> steps) {
   for (const Step& step : steps) {
     call.ub_bytes = std::max(call.ub_bytes, step.ub_bytes);
   }
-  call.launch = [steps = std::move(steps)](const std::vector<void*>& outputs, void* workspace,
+  call.launch = [steps = std::move(steps)](const std::vector<void*>& outputs,
                                            void* stream) -> uint32_t {
     for (const Step& step : steps) {
-      if (const uint32_t error = step.launch(outputs, workspace, stream)) {
+      if (const uint32_t error = step.launch(outputs, stream)) {
         return error;
       }
     }
@@ -165,27 +165,11 @@ void run_in_order(Call& call, std::vector<Step> steps) {
 
 uint32_t u32(int64_t value) { return static_cast<uint32_t>(value); }
 
-void add_gather_rows(std::vector<Step>& steps, const View& x, const View& index, size_t slot,
-                     uint32_t cores) {
-  const int64_t batch = x.sizes[0], moved = index.sizes[1];
-  if (batch * moved == 0) {
-    return;
-  }
-  const uint32_t row_bytes = u32(x.sizes[2] * size_of(x.dtype));
-  const Tiling t = tile_gather_rows(batch, moved, row_bytes, cores);
-  require_fit(t, x);
-  steps.push_back({t.ub_bytes, [=, from = x.data, by = index.data, tokens = u32(x.sizes[1])](
-                                   const std::vector<void*>& outputs, void*, void* stream) {
-                     return aclrtlaunch_skipvit_gather_rows(
-                         t.cores, stream, from, by, outputs[slot], t.total, t.per_core, tokens,
-                         u32(moved), row_bytes, t.tile_rows);
-                   }});
-}
-
-// moved, base and update may be null; `like` has the rows' width and dtype.
+// moved, base and update may be null; `like` has the rows' width and dtype. With `taken` the named
+// rows of base go to the second output.
 void add_place_rows(std::vector<Step>& steps, void* moved, void* base, void* update,
                     const View& index, const View& like, int64_t num_tokens, DType dtype,
-                    uint32_t cores) {
+                    bool taken, uint32_t cores) {
   const int64_t batch = index.sizes[0], channels = like.sizes[2];
   if (batch * num_tokens == 0) {
     return;
@@ -194,10 +178,11 @@ void add_place_rows(std::vector<Step>& steps, void* moved, void* base, void* upd
       tile_place_rows(batch, num_tokens, index.sizes[1], channels * size_of(like.dtype), cores);
   require_fit(t, like);
   steps.push_back({t.ub_bytes, [=, by = index.data, entries = u32(index.sizes[1])](
-                                   const std::vector<void*>& outputs, void*, void* stream) {
+                                   const std::vector<void*>& outputs, void* stream) {
                      return aclrtlaunch_skipvit_place_rows(
-                         t.cores, stream, moved, base, update, by, outputs[0], t.total, t.per_core,
-                         dtype, u32(num_tokens), entries, u32(channels), t.tile_rows);
+                         t.cores, stream, moved, base, update, by, outputs[0],
+                         taken ? outputs[1] : nullptr, t.total, t.per_core, dtype, u32(num_tokens),
+                         entries, u32(channels), t.tile_rows);
                    }});
 }
 
@@ -205,11 +190,21 @@ void add_place_rows(std::vector<Step>& steps, void* moved, void* base, void* upd
 
 Call gather_rows(const View& x, const View& index, uint32_t cores) {
   require_rows(x);
-  const int64_t moved = require_index(index, x.sizes[0], "x", x.sizes[1]);
+  const int64_t batch = x.sizes[0], moved = require_index(index, batch, "x", x.sizes[1]);
   Call call;
-  call.outputs = {output({x.sizes[0], moved, x.sizes[2]}, x.dtype)};
+  call.outputs = {output({batch, moved, x.sizes[2]}, x.dtype)};
   std::vector<Step> steps;
-  add_gather_rows(steps, x, index, 0, cores);
+  if (batch * moved > 0) {
+    const uint32_t row_bytes = u32(x.sizes[2] * size_of(x.dtype));
+    const Tiling t = tile_gather_rows(batch, moved, row_bytes, cores);
+    require_fit(t, x);
+    steps.push_back({t.ub_bytes, [=, from = x.data, by = index.data, tokens = u32(x.sizes[1])](
+                                     const std::vector<void*>& outputs, void* stream) {
+                       return aclrtlaunch_skipvit_gather_rows(t.cores, stream, from, by, outputs[0],
+                                                              t.total, t.per_core, tokens,
+                                                              u32(moved), row_bytes, t.tile_rows);
+                     }});
+  }
   run_in_order(call, std::move(steps));
   return call;
 }
@@ -222,7 +217,7 @@ Call gather_rows_backward(const View& grad, const View& index, int64_t num_token
   Call call;
   call.outputs = {output({grad.sizes[0], num_tokens, grad.sizes[2]}, grad.dtype)};
   std::vector<Step> steps;
-  add_place_rows(steps, grad.data, nullptr, nullptr, index, grad, num_tokens, dtype, cores);
+  add_place_rows(steps, grad.data, nullptr, nullptr, index, grad, num_tokens, dtype, false, cores);
   run_in_order(call, std::move(steps));
   return call;
 }
@@ -241,7 +236,7 @@ Call scatter_back(const View& x, const View& tokens, const View& index, const Vi
   call.outputs = {output(x.sizes, x.dtype)};
   std::vector<Step> steps;
   add_place_rows(steps, tokens.data, x.data, update.absent ? nullptr : update.data, index, x,
-                 x.sizes[1], dtype, cores);
+                 x.sizes[1], dtype, false, cores);
   run_in_order(call, std::move(steps));
   return call;
 }
@@ -254,18 +249,17 @@ Call scatter_back_backward(const View& grad, const View& index, bool has_update,
   call.outputs = {output(grad.sizes, grad.dtype), output({batch, moved, channels}, grad.dtype),
                   has_update ? output({batch, channels}, grad.dtype) : output({0}, grad.dtype)};
   std::vector<Step> steps;
-  add_place_rows(steps, nullptr, grad.data, nullptr, index, grad, num_tokens, dtype, cores);
-  add_gather_rows(steps, grad, index, 1, cores);
+  add_place_rows(steps, nullptr, grad.data, nullptr, index, grad, num_tokens, dtype, true, cores);
   if (has_update && batch > 0) {
     const Tiling t =
         tile_sum_rows(batch, num_tokens, moved, channels, size_of(grad.dtype), 0, 4, cores);
     require_fit(t, grad);
     steps.push_back({t.ub_bytes, [=, from = grad.data, by = index.data](
-                                     const std::vector<void*>& outputs, void*, void* stream) {
+                                     const std::vector<void*>& outputs, void* stream) {
                        return aclrtlaunch_skipvit_sum_rows(
                            t.cores, stream, from, nullptr, by, outputs[2], t.total, t.per_core,
                            dtype, kFloat32, u32(num_tokens), u32(moved), u32(channels), 1, 0,
-                           u32(channels), t.block_channels, t.tile_rows);
+                           u32(channels), t.block_channels);
                      }});
   }
   run_in_order(call, std::move(steps));
@@ -294,7 +288,7 @@ Call gather_topk(const View& x, const View& scores, int64_t num_keep, int64_t nu
         tile_gather_topk(batch, num_prefix, s.patches, num_keep, row_bytes, score_size, cores);
     require_fit(t, x);
     steps.push_back({t.ub_bytes, [=, from = x.data, by = scores.data](
-                                     const std::vector<void*>& outputs, void*, void* stream) {
+                                     const std::vector<void*>& outputs, void* stream) {
                        return aclrtlaunch_skipvit_gather_topk(
                            t.cores, stream, from, by, outputs[0], outputs[1], t.total, t.per_core,
                            s.dtype, u32(num_tokens), u32(row_bytes), u32(s.heads), u32(s.patches),
@@ -305,15 +299,15 @@ Call gather_topk(const View& x, const View& scores, int64_t num_keep, int64_t nu
     const Tiling t = tile_sum_rows(batch, num_tokens, rows, channels, size_of(x.dtype), s.patches,
                                    score_size, cores);
     require_fit(t, x);
-    steps.push_back(
-        {t.ub_bytes, [=, from = x.data, by = scores.data, size = size_of(x.dtype)](
-                         const std::vector<void*>& outputs, void*, void* stream) {
-           uint8_t* last_row = static_cast<uint8_t*>(outputs[0]) + rows * channels * size;
-           return aclrtlaunch_skipvit_sum_rows(
-               t.cores, stream, from, by, outputs[1], last_row, t.total, t.per_core, dtype, s.dtype,
-               u32(num_tokens), u32(rows), u32(channels), u32(s.heads), u32(num_prefix),
-               u32(out_rows * channels), t.block_channels, t.tile_rows);
-         }});
+    steps.push_back({t.ub_bytes, [=, from = x.data, by = scores.data, size = size_of(x.dtype)](
+                                     const std::vector<void*>& outputs, void* stream) {
+                       uint8_t* last_row =
+                           static_cast<uint8_t*>(outputs[0]) + rows * channels * size;
+                       return aclrtlaunch_skipvit_sum_rows(
+                           t.cores, stream, from, by, outputs[1], last_row, t.total, t.per_core,
+                           dtype, s.dtype, u32(num_tokens), u32(rows), u32(channels), u32(s.heads),
+                           u32(num_prefix), u32(out_rows * channels), t.block_channels);
+                     }});
   }
   run_in_order(call, std::move(steps));
   return call;
@@ -330,39 +324,38 @@ Call gather_topk_fuse_backward(const View& grad, const View& x, const View& scor
   if (s.patches > num_tokens) {
     bad_value("scores must have at most ", num_tokens, " columns, got ", shape_text(scores.sizes));
   }
-  const int64_t stride = static_cast<int64_t>(round_up(num_tokens, 8)),
-                prefix = num_tokens - s.patches;
-  const int64_t score_size = size_of(scores.dtype);
+  const int64_t prefix = num_tokens - s.patches, score_size = size_of(scores.dtype);
   Call call;
   call.outputs = {output(x.sizes, x.dtype), output(scores.sizes, scores.dtype)};
-  if (batch * num_tokens == 0) {
-    run_in_order(call, {});
-    return call;
-  }
-  call.workspace_bytes = batch * stride * 4;
-  const Tiling t = tile_fuse_backward(batch, num_tokens, moved, channels, size_of(x.dtype),
-                                      s.patches, score_size, cores);
-  require_fit(t, x);
   std::vector<Step> steps;
-  steps.push_back(
-      {t.ub_bytes, [=, g = grad.data, from = x.data, by = scores.data, rows = index.data](
-                       const std::vector<void*>& outputs, void* workspace, void* stream) {
-         return aclrtlaunch_skipvit_fuse_backward(t.cores, stream, g, from, by, rows, outputs[0],
-                                                  workspace, t.total, t.per_core, dtype, s.dtype,
-                                                  u32(num_tokens), u32(moved), u32(channels),
-                                                  u32(s.heads), u32(prefix), t.tile_rows);
-       }});
-  if (s.patches > 0) {
-    const Tiling m = tile_mean_heads(batch * s.heads * s.patches, score_size, cores);
+  if (batch * num_tokens > 0) {
+    const Tiling t = tile_fuse_backward(batch, num_tokens, moved, channels, size_of(x.dtype),
+                                        s.patches, score_size, cores);
+    require_fit(t, x);
     steps.push_back(
-        {m.ub_bytes, [=](const std::vector<void*>& outputs, void* workspace, void* stream) {
-           return aclrtlaunch_skipvit_mean_heads(
-               m.cores, stream, workspace, outputs[1], m.total, m.per_core, s.dtype, 1,
-               u32(s.heads), u32(stride), u32(prefix), u32(s.patches), static_cast<float>(s.heads));
+        {t.ub_bytes, [=, g = grad.data, from = x.data, by = scores.data, rows = index.data](
+                         const std::vector<void*>& outputs, void* stream) {
+           return aclrtlaunch_skipvit_fuse_backward(t.cores, stream, g, from, by, rows, outputs[0],
+                                                    outputs[1], t.total, t.per_core, dtype, s.dtype,
+                                                    u32(num_tokens), u32(moved), u32(channels),
+                                                    u32(s.heads), u32(prefix), t.tile_rows);
          }});
   }
   run_in_order(call, std::move(steps));
   return call;
+}
+
+std::string refuse_chip(const char* soc_name) {
+  const std::string name = soc_name == nullptr ? "a chip without a name" : soc_name;
+  for (const char* chip : {"Ascend910A", "Ascend910ProA", "Ascend910PremiumA", "Ascend910ProB",
+                           "Ascend910B"}) {  // no digit: 910B1 to B4 are another architecture
+    if (name == chip) {
+      return "";
+    }
+  }
+  return text(
+      "the Ascend kernels are for the first Ascend910 (Ascend910A, ProA, PremiumA, ProB, or ",
+      "Ascend910B without a digit), got ", name);
 }
 
 bool reads_in_place(const View& k) {
@@ -391,38 +384,27 @@ Call cls_scores(const View& q, const View& k, double scale, int64_t num_prefix, 
   if (num_prefix < 0 || num_prefix > num_tokens) {
     bad_value("num_prefix_tokens must be in [0, ", num_tokens, "], got ", num_prefix);
   }
-  const int64_t patches = num_tokens - num_prefix,
-                stride = static_cast<int64_t>(round_up(num_tokens, 8));
+  const int64_t patches = num_tokens - num_prefix;
   Call call;
   call.outputs = {output({batch, patches}, "float32")};
-  if (batch * patches == 0) {
-    run_in_order(call, {});
-    return call;
-  }
-  if (!reads_in_place(k)) {
-    bad_value("k must have keys that are dense and whole blocks of 32 bytes apart", kChip,
-              ": make it contiguous");
-  }
-  const int64_t row = num_tokens > 1 ? k.strides[2] : width;
-  call.workspace_bytes = batch * heads * stride * 4;
-  const Tiling t = tile_cls_softmax(batch, heads, num_tokens, width, size_of(k.dtype), cores);
-  require_fit(t, k);
-  const Tiling m = tile_mean_heads(batch * patches, 4, cores);
   std::vector<Step> steps;
-  steps.push_back({t.ub_bytes, [=, query = q.data, keys = k.data, strides = k.strides](
-                                   const std::vector<void*>&, void* workspace, void* stream) {
-                     return aclrtlaunch_skipvit_cls_softmax(
-                         t.cores, stream, query, keys, workspace, t.total, t.per_core,
-                         static_cast<uint64_t>(strides[0]), static_cast<uint64_t>(strides[1]),
-                         u32(row), dtype, u32(heads), u32(num_tokens), u32(width), t.tile_rows,
-                         static_cast<float>(scale));
-                   }});
-  steps.push_back(
-      {m.ub_bytes, [=](const std::vector<void*>& outputs, void* workspace, void* stream) {
-         return aclrtlaunch_skipvit_mean_heads(
-             m.cores, stream, workspace, outputs[0], m.total, m.per_core, kFloat32, u32(heads), 1,
-             u32(stride), u32(num_prefix), u32(patches), static_cast<float>(heads));
-       }});
+  if (batch * patches > 0) {
+    if (!reads_in_place(k)) {
+      bad_value("k must have keys that are dense and whole blocks of 32 bytes apart", kChip,
+                ": make it contiguous");
+    }
+    const int64_t row = num_tokens > 1 ? k.strides[2] : width;
+    const Tiling t = tile_cls_scores(batch, num_tokens, patches, width, size_of(k.dtype), cores);
+    require_fit(t, k);
+    steps.push_back({t.ub_bytes, [=, query = q.data, keys = k.data, strides = k.strides](
+                                     const std::vector<void*>& outputs, void* stream) {
+                       return aclrtlaunch_skipvit_cls_scores(
+                           t.cores, stream, query, keys, outputs[0], t.total, t.per_core,
+                           static_cast<uint64_t>(strides[0]), static_cast<uint64_t>(strides[1]),
+                           u32(row), dtype, u32(heads), u32(num_tokens), u32(num_prefix),
+                           u32(width), t.tile_rows, static_cast<float>(scale));
+                     }});
+  }
   run_in_order(call, std::move(steps));
   return call;
 }

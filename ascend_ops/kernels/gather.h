@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copies rows by a table: out[r] = x[table[r]], double-buffered, untouched by the vector unit.
+// Copies rows of x that are named one by one, double-buffered, untouched by the vector unit.
 #pragma once
 
 #include "common.h"
@@ -17,25 +17,29 @@ class RowGather {
     pipe->InitBuffer(queue_, 2, tile_rows * row_bytes);
   }
 
-  // out[out_row + i] = x[x_row + table[i]] for i < count. Neighbours in x travel as one copy.
-  __aicore__ inline void Move(const LocalTensor<int32_t>& table, uint32_t count, uint64_t x_row,
-                              uint64_t out_row) {
+  // out[out_row + i] = x[x_row + the i-th of rows.Next()] for i < count. Neighbours in x travel as
+  // one copy.
+  template <typename Rows>
+  __aicore__ inline void Move(Rows& rows, uint32_t count, uint64_t x_row, uint64_t out_row) {
     for (uint32_t done = 0; done < count; done += tile_rows_) {
-      const uint32_t rows = Smaller(tile_rows_, count - done);
+      const uint32_t end = Smaller(tile_rows_, count - done);
       LocalTensor<int16_t> tile = queue_.AllocTensor<int16_t>();
-      for (uint32_t r = 0; r < rows;) {
-        const int32_t first = table.GetValue(done + r);
+      int32_t next = rows.Next();
+      for (uint32_t r = 0; r < end;) {
+        const int32_t first = next;
         uint32_t run = 1;
-        while (r + run < rows &&
-               table.GetValue(done + r + run) == first + static_cast<int32_t>(run)) {
-          ++run;
+        for (; r + run < end; ++run) {
+          next = rows.Next();
+          if (next != first + static_cast<int32_t>(run)) {
+            break;
+          }
         }
         DataCopy(tile[r * width_], x_[(x_row + first) * width_], run * width_);
         r += run;
       }
       queue_.EnQue(tile);
       tile = queue_.DeQue<int16_t>();
-      DataCopy(out_[(out_row + done) * width_], tile, rows * width_);
+      DataCopy(out_[(out_row + done) * width_], tile, end * width_);
       queue_.FreeTensor(tile);
     }
   }

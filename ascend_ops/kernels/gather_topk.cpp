@@ -18,39 +18,50 @@ struct GatherTopkArgs {
   uint32_t num_tokens, row_bytes, heads, patches, keep, out_stride, tile_rows;
 };
 
+// The rows of an image that come out, in order; each is written to the index when it is asked for.
+template <typename T>
+struct SelectedRows {
+  Selection<T> selection;
+  FlatWriter<int64_t> writer;
+  uint32_t prefix, done;
+
+  __aicore__ inline int32_t Pass() {
+    const uint32_t row = done < prefix ? done : prefix + selection.Next();
+    ++done;
+    return static_cast<int32_t>(row);
+  }
+
+  __aicore__ inline int32_t Next() {
+    const int32_t row = Pass();
+    writer.Append(row);
+    return row;
+  }
+};
+
 template <typename T>  // of the scores
 __aicore__ inline void GatherTopk(const GatherTopkArgs& a) {
   const Share share = CoreShare(a.total_rows, a.rows_per_core);
   const uint32_t prefix = a.num_tokens - a.patches, rows = prefix + a.keep;
   TPipe pipe;
-  Selection<T> selection;
+  SelectedRows<T> selected;
   RowGather gather;
-  FlatWriter<int32_t> writer;
-  TBuf<TPosition::VECCALC> table_buffer;
-  selection.Init(&pipe, a.scores, a.heads, a.patches, a.keep);
+  selected.prefix = prefix;
+  selected.selection.Init(&pipe, a.scores, a.heads, a.patches, a.keep);
+  selected.writer.Init(&pipe, a.index, share.begin);
   gather.Init(&pipe, a.x, a.tokens, a.row_bytes, a.tile_rows);
-  writer.Init(&pipe, a.index, share.begin * 2);
-  pipe.InitBuffer(table_buffer, RoundUp(rows * sizeof(int32_t), kBlockBytes));
-  const LocalTensor<int32_t> table = table_buffer.Get<int32_t>();
-  for (uint32_t r = 0; r < prefix; ++r) {
-    table.SetValue(r, static_cast<int32_t>(r));
-  }
 
   for (uint64_t row = share.begin; row < share.end;) {
     const uint64_t image = row / rows;
     const uint32_t first = static_cast<uint32_t>(row % rows);
     const uint32_t count = static_cast<uint32_t>(Smaller<uint64_t>(rows - first, share.end - row));
-    selection.Select(image, prefix, table);
-    // Move reads the table element by element, so its slice may start anywhere.
-    for (uint32_t i = 0; i < count; ++i) {
-      const int32_t from = table.GetValue(first + i);
-      writer.Append(from);  // an int64 below 2**31: low word, high word
-      writer.Append(0);
+    selected.selection.Select(image);
+    for (selected.done = 0; selected.done < first;) {  // rows of another core's share
+      selected.Pass();
     }
-    gather.Move(table[first], count, image * a.num_tokens, image * a.out_stride + first);
+    gather.Move(selected, count, image * a.num_tokens, image * a.out_stride + first);
     row += count;
   }
-  writer.Finish();
+  selected.writer.Finish();
 }
 
 }  // namespace skipvit

@@ -45,6 +45,7 @@ class HeadMean {
     return mean;
   }
 
+  __aicore__ inline LocalTensor<float> Mean() { return mean_.Get<float>(); }
   __aicore__ inline LocalTensor<float> Scratch() { return scratch_.Get<float>(); }
   __aicore__ inline uint32_t Padded() const { return padded_; }
 

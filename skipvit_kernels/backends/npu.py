@@ -9,6 +9,7 @@ Never compiled with bisheng, never run on an NPU.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 from pathlib import Path
@@ -30,18 +31,20 @@ def unavailable_reason() -> str | None:
         )
     if "torch_npu" not in sys.modules:
         return "torch_npu is not imported: import it before skipvit_kernels"
-    error = _load_error()
-    return None if error is None else f"skipvit_kernels/_ascend.so does not load: {error}"
+    return _load_error()
 
 
 @functools.cache
 def _load_error() -> str | None:
-    """Loads the library, once; what went wrong, or None."""
+    """Loads the library, once; what went wrong, or None. It registers nothing on a foreign chip."""
     try:
         torch.ops.load_library(LIBRARY)
-    except (OSError, RuntimeError) as error:
-        return str(error.__cause__ or error)
-    return None
+        refusal = ctypes.CDLL(str(LIBRARY)).skipvit_ascend_refusal
+    except (OSError, RuntimeError, AttributeError) as error:
+        return f"skipvit_kernels/_ascend.so does not load: {error.__cause__ or error}"
+    refusal.restype = ctypes.c_char_p
+    refused: bytes | None = refusal()
+    return None if refused is None else refused.decode()
 
 
 def load() -> None:

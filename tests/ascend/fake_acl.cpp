@@ -21,8 +21,13 @@ int aclrtGetDevice(int32_t* device) {
   *device = 0;
   return 0;
 }
-const char* aclrtGetSocName() { return "Ascend910A"; }
+const char* aclrtGetSocName() {
+  const char* name = std::getenv("SKIPVIT_FAKE_SOC");
+  return name != nullptr ? name : "Ascend910A";
+}
+int fake_acl_capability_calls = 0;
 int aclGetDeviceCapability(uint32_t, int, int64_t* value) {
+  ++fake_acl_capability_calls;
   *value = 32;
   return 0;
 }

@@ -9,10 +9,13 @@
 //   - more than 248 KB of unified buffer, a buffer size that is no whole number of blocks,
 //   - a queue used out of order, or beyond its depth; more than four events of one kind,
 //   - reads of bytes nobody wrote, for a result, a branch or global memory,
-//   - global memory: out of bounds, written twice (by one core or two), read after being written,
+//   - global memory: out of bounds, written twice (by two cores, or by one with another value),
+//     read after being written,
 //   - two pipes (scalar, vector, MTE2, MTE3), or two operations of one pipe, that touch the same 32
 //     bytes without a flag, a queue or a barrier between them.
-// Not modelled: the time anything takes, rounding of Exp and Div beyond IEEE, bisheng's front end.
+// Beside that it counts instructions and bytes and adds up guessed costs (Cost), for counts.py.
+// Not modelled: the time anything really takes, rounding of Exp and Div beyond IEEE, bisheng's
+// front end.
 #pragma once
 
 #include <algorithm>
@@ -99,7 +102,28 @@ struct GmRange {
   uint8_t* base;
   size_t bytes;
   bool writable;
-  std::vector<int16_t> writer;  // core that wrote each byte, -1 for none
+  std::vector<int16_t> writer;   // core that wrote each byte, -1 for none
+  std::vector<uint8_t> touched;  // 1: read, 2: written, by any core
+};
+
+// What things take, in cycles of the core. Guesses, to the order of magnitude, but for the rate of
+// memory: 32 bytes a cycle and core is CANN's own cost model of the 910A.
+struct Cost {
+  double scalar = 10;    // an access of the scalar unit, with the arithmetic and branch around it
+  double issue = 4;      // of the scalar unit, for any other instruction
+  double vector = 10;    // before the first repeat; then 1 a repeat of 256 bytes,
+  double slow = 4;       // or this one for Exp, Div and a sum across lanes
+  double barrier = 10;   // until the vector pipe is empty
+  double flag = 20;      // until the other pipe has seen it
+  double transfer = 30;  // before the first byte of a DMA; the next may be under way by then
+  double latency = 200;  // until what a DMA moved is there
+  double memory = 1 / 32.0;  // a byte, of what loads and stores share
+};
+inline Cost cost;
+
+struct Count {
+  int64_t instructions = 0, scalars = 0, vectors = 0, transfers = 0, bytes = 0;
+  double cycles = 0;
 };
 
 // What global memory a launch may touch, and what it did with it.
@@ -108,6 +132,7 @@ struct Launch {
   size_t over_reads = 0;  // bytes read past an end, less than one block each time
   size_t nonfinite = 0;   // infinities and NaNs that arithmetic met: undefined on this chip
   size_t peak_ub = 0;
+  Count busiest;  // of the core that takes longest
 
   GmRange& find(const void* address, size_t bytes, const char* what) {
     const uint8_t* first = static_cast<const uint8_t*>(address);
@@ -127,10 +152,14 @@ struct Core {
     int write_pipe = kS;
     uint32_t write = 0;
     uint32_t read[kPipes] = {};
+    // The read before an operation's own: one that reads and writes the unit must still wait for
+    // it.
+    uint32_t read_before[kPipes] = {};
   };
   struct Flag {
     bool set = false;
     uint32_t known[kPipes] = {};
+    double time = 0;
   };
 
   Launch* launch = nullptr;
@@ -145,6 +174,9 @@ struct Core {
   int buffers;
   int open_tensors;  // allocated from a queue and not freed
   int allocated[3];  // the same, by position
+  Count count;
+  double clock[kPipes];  // when each pipe has done all that it was given
+  double memory;         // and the core's way to global memory
 
   void reset(Launch* to, int64_t index) {
     launch = to;
@@ -162,10 +194,17 @@ struct Core {
     ub_used = 0;
     buffers = open_tensors = 0;
     std::fill(std::begin(allocated), std::end(allocated), 0);
+    count = {};
+    std::fill(std::begin(clock), std::end(clock), 0.0);
+    memory = 0;
   }
 
   void finish() {
     launch->peak_ub = std::max(launch->peak_ub, ub_used);
+    count.cycles = *std::max_element(std::begin(clock), std::end(clock));
+    if (count.cycles > launch->busiest.cycles) {
+      launch->busiest = count;
+    }
     if (open_tensors != 0) {
       fail(open_tensors, " tensors of queues were not freed");
     }
@@ -184,13 +223,35 @@ struct Core {
     const uint32_t number = ++issued[pipe];
     if (pipe == kS) {
       known[kS][kS] = number;  // the scalar unit runs in order
+      ++count.scalars;
+      clock[kS] += cost.scalar;
     }
     return number;
   }
 
-  void before(Pipe pipe, uint32_t number, int other, uint32_t earlier, size_t address,
-              const char* hazard) {
-    if (earlier == 0 || (other == pipe && earlier == number) || known[pipe][other] >= earlier) {
+  // The scalar unit hands an instruction to a pipe, which starts when it is free.
+  double hand_over(Pipe pipe) {
+    ++count.instructions;
+    clock[kS] += cost.issue;
+    return clock[pipe] = std::max(clock[pipe], clock[kS]);
+  }
+
+  void compute(size_t repeats, bool is_slow) {
+    ++count.vectors;
+    hand_over(kV);
+    clock[kV] += cost.vector + static_cast<double>(repeats) * (is_slow ? cost.slow : 1);
+  }
+
+  void transfer(Pipe pipe, size_t bytes) {
+    ++count.transfers;
+    count.bytes += static_cast<int64_t>(bytes);
+    memory = std::max(memory, hand_over(pipe) + cost.transfer) +
+             static_cast<double>(bytes) * cost.memory;
+    clock[pipe] = memory;
+  }
+
+  void before(Pipe pipe, int other, uint32_t earlier, size_t address, const char* hazard) {
+    if (earlier == 0 || known[pipe][other] >= earlier) {
       return;
     }
     fail("race (", hazard, "): the ", kPipeNames[pipe], " pipe does not wait for the ",
@@ -199,19 +260,29 @@ struct Core {
 
   void read(Pipe pipe, uint32_t number, size_t address, size_t bytes) {
     for (size_t u = address / kUnit; u <= (address + bytes - 1) / kUnit; ++u) {
-      before(pipe, number, units[u].write_pipe, units[u].write, u * kUnit, "read after write");
-      units[u].read[pipe] = number;
+      Unit& unit = units[u];
+      if (unit.write_pipe != pipe || unit.write != number) {
+        before(pipe, unit.write_pipe, unit.write, u * kUnit, "read after write");
+      }
+      if (unit.read[pipe] != number) {
+        unit.read_before[pipe] = unit.read[pipe];
+        unit.read[pipe] = number;
+      }
     }
   }
 
   void write(Pipe pipe, uint32_t number, size_t address, size_t bytes) {
     for (size_t u = address / kUnit; u <= (address + bytes - 1) / kUnit; ++u) {
-      before(pipe, number, units[u].write_pipe, units[u].write, u * kUnit, "write after write");
-      for (int p = 0; p < kPipes; ++p) {
-        before(pipe, number, p, units[u].read[p], u * kUnit, "write after read");
+      Unit& unit = units[u];
+      if (unit.write_pipe != pipe || unit.write != number) {
+        before(pipe, unit.write_pipe, unit.write, u * kUnit, "write after write");
       }
-      units[u].write_pipe = pipe;
-      units[u].write = number;
+      for (int p = 0; p < kPipes; ++p) {
+        const bool own = p == pipe && unit.read[p] == number;
+        before(pipe, p, own ? unit.read_before[p] : unit.read[p], u * kUnit, "write after read");
+      }
+      unit.write_pipe = pipe;
+      unit.write = number;
     }
   }
 
@@ -226,6 +297,7 @@ struct Core {
     flag.set = true;
     std::copy(std::begin(known[from]), std::end(known[from]), std::begin(flag.known));
     flag.known[from] = issued[from];
+    flag.time = hand_over(from) + (from == kMTE2 || from == kMTE3 ? cost.latency : 0);
   }
 
   void wait(Pipe from, Pipe to, int id) {
@@ -238,6 +310,7 @@ struct Core {
     for (int p = 0; p < kPipes; ++p) {
       known[to][p] = std::max(known[to][p], flag.known[p]);
     }
+    clock[to] = std::max(hand_over(to), flag.time + cost.flag);
   }
 
   int free_event(Pipe from, Pipe to) {
@@ -250,6 +323,14 @@ struct Core {
   }
 
   void barrier(int pipe) {
+    if (pipe == kPipes) {
+      hand_over(kS);
+      std::fill(std::begin(clock), std::end(clock),
+                *std::max_element(std::begin(clock), std::end(clock)) + cost.barrier);
+    } else {
+      hand_over(static_cast<Pipe>(pipe));
+      clock[pipe] += cost.barrier;
+    }
     for (int p = 0; p < kPipes; ++p) {
       for (int q = 0; q < kPipes; ++q) {
         if (pipe == kPipes || (p == pipe && q == pipe)) {
@@ -649,6 +730,9 @@ inline void load(size_t to, const uint8_t* from, size_t bytes, uint32_t number) 
     fail("a read of ", bytes, " bytes ends ", bytes - inside, " bytes past its tensor");
   }
   core().launch->over_reads += bytes - inside;
+  for (size_t i = 0; i < inside; ++i) {
+    range.touched[offset + i] |= 1;
+  }
   if (range.writable) {
     for (size_t i = 0; i < inside; ++i) {
       if (range.writer[offset + i] >= 0) {
@@ -676,11 +760,14 @@ inline void store(uint8_t* to, size_t from, size_t bytes, uint32_t number) {
     if (!core().defined[from + i]) {
       fail("writes a byte to global memory that nobody computed (unified buffer ", from + i, ")");
     }
-    if (range.writer[offset + i] >= 0) {
+    // A block may go out once more to round off a share, if it says the same.
+    const bool again = range.writer[offset + i] == core().block && to[i] == core().ub[from + i];
+    if (range.writer[offset + i] >= 0 && !again) {
       fail("byte ", offset + i, " of an output is written twice, by cores ",
            range.writer[offset + i], " and ", core().block);
     }
     range.writer[offset + i] = static_cast<int16_t>(core().block);
+    range.touched[offset + i] |= 2;
   }
   std::memcpy(to, core().ub + from, bytes);
 }
@@ -704,6 +791,7 @@ void DataCopy(const LocalTensor<T>& dst, const GlobalTensor<T>& src, const DataC
   detail::check_span(dst, p.blockCount * length + (p.blockCount - 1) * p.dstGap * detail::kUnit,
                      "DataCopy");
   const uint32_t number = core().issue(model::kMTE2);
+  core().transfer(model::kMTE2, p.blockCount * length);
   for (size_t i = 0; i < p.blockCount; ++i) {
     detail::load(
         dst.address() + i * (length + p.dstGap * detail::kUnit),
@@ -731,6 +819,7 @@ void DataCopy(const GlobalTensor<T>& dst, const LocalTensor<T>& src, uint32_t co
   if (reinterpret_cast<uintptr_t>(dst.data()) % sizeof(T) != 0) {
     fail("DataCopy: a global address must be a multiple of the element size");
   }
+  core().transfer(model::kMTE3, bytes);
   detail::store(reinterpret_cast<uint8_t*>(dst.data()), src.address(), bytes,
                 core().issue(model::kMTE3));
 }
@@ -772,6 +861,7 @@ void run_lanes(const char* what, const Operand& dst, std::initializer_list<Opera
   static size_t current = 0;
   ++current;
   const uint32_t number = core().issue(kV);
+  core().compute(repeats, std::strcmp(what, "Exp") == 0 || std::strcmp(what, "Div") == 0);
   const auto in_buffer = [&](const Operand& o, size_t at) {
     if (at + o.element > o.address + o.bytes) {
       fail(what, " of ", repeats, " repeats leaves a buffer of ", o.bytes, " bytes");
@@ -958,6 +1048,47 @@ void Muls(const LocalTensor<T>& dst, const LocalTensor<T>& src, T value, int32_t
   detail::scalar<T>("Muls", dst, src, value, count, detail::multiply);
 }
 
+#ifdef SKIPVIT_REDUCE_FLOAT
+// dst[r] = the sum of the first `mask` lanes of repeat r, as a binary tree. The page documents half
+// for the 910A; fold.h says why float is here.
+template <typename T>
+void WholeReduceSum(const LocalTensor<T>& dst, const LocalTensor<T>& src, int32_t mask,
+                    int32_t repeats, int32_t dst_stride, int32_t block_stride, int32_t src_stride) {
+  static_assert(detail::one_of<T, float>);
+  if (mask < 1 || mask > 64 || repeats < 1 || repeats > 255 || dst_stride < 1) {
+    fail("WholeReduceSum: mask must be in [1, 64], repeats in [1, 255], the stride not 0");
+  }
+  const detail::Operand from = detail::operand(src, "WholeReduceSum", block_stride, src_stride);
+  const uint32_t number = core().issue(model::kV);
+  core().compute(repeats, true);
+  for (int32_t r = 0; r < repeats; ++r) {
+    float lanes[64] = {};
+    bool known = true;
+    for (int32_t l = 0; l < mask; ++l) {
+      const size_t at = from.lane(r, l);
+      if (at + 4 > from.address + from.bytes) {
+        fail("WholeReduceSum of ", repeats, " repeats leaves a buffer of ", from.bytes, " bytes");
+      }
+      core().read(model::kV, number, at, 4);
+      known = known && core().defined[at] && core().defined[at + 3];
+      lanes[l] = detail::fetch<float>(at);
+    }
+    for (int step = 32; step > 0; step /= 2) {
+      for (int l = 0; l < step; ++l) {
+        lanes[l] = detail::finite(lanes[2 * l] + lanes[2 * l + 1]);
+      }
+    }
+    const size_t to = dst.address() + static_cast<size_t>(r * dst_stride) * 4;
+    if (to + 4 > dst.address() + dst.bytes()) {
+      fail("WholeReduceSum of ", repeats, " repeats leaves a buffer of ", dst.bytes(), " bytes");
+    }
+    core().write(model::kV, number, to, 4);
+    detail::put(to, lanes[0]);
+    std::memset(core().defined + to, known, 4);
+  }
+}
+#endif
+
 template <typename T>
 void Exp(const LocalTensor<T>& dst, const LocalTensor<T>& src, int32_t count) {
   static_assert(detail::one_of<T, float>, "Exp is modelled for float");
@@ -1025,6 +1156,7 @@ void Compare(const LocalTensor<U>& dst, const LocalTensor<T>& src0, const LocalT
   detail::check_span(src0, count * sizeof(T), "Compare");
   detail::check_span(src1, count * sizeof(T), "Compare");
   const uint32_t number = core().issue(model::kV);
+  core().compute(count * sizeof(T) / 256, false);
   core().read(model::kV, number, src0.address(), count * sizeof(T));
   core().read(model::kV, number, src1.address(), count * sizeof(T));
   core().write(model::kV, number, dst.address(), count / 8);

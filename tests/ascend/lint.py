@@ -30,6 +30,7 @@ SUPPORTED = {
     "Exp": "arithmetic/Exp: half, float",
     "And": "logic/And: int16, uint16",
     "Compare": "comparison/Compare, result in memory: half, float; mask has no effect",
+    "WholeReduceSum": "reduction/WholeReduceSum: half; float under SKIPVIT_REDUCE_FLOAT (fold.h)",
     "Cast": "conversion/Cast: half to float, int32 to float, float to half",
     "Duplicate": "fill/Duplicate: 16- and 32-bit types",
     "DataCopy": "data moves/DataCopy: GM-UB contiguous and strided, UB-UB; no bfloat16",

@@ -8,11 +8,10 @@
 #include "kernel_operator.h"
 
 // The kernels, as CANN would compile them one by one.
-#include "../../ascend_ops/kernels/cls_softmax.cpp"
+#include "../../ascend_ops/kernels/cls_scores.cpp"
 #include "../../ascend_ops/kernels/fuse_backward.cpp"
 #include "../../ascend_ops/kernels/gather_rows.cpp"
 #include "../../ascend_ops/kernels/gather_topk.cpp"
-#include "../../ascend_ops/kernels/mean_heads.cpp"
 #include "../../ascend_ops/kernels/place_rows.cpp"
 #include "../../ascend_ops/kernels/sum_rows.cpp"
 
@@ -21,6 +20,14 @@ namespace {
 model::Launch current;                      // the memory of the call in progress
 std::vector<std::vector<uint8_t>> written;  // by range: bytes written by any kernel of the call
 std::string error;
+
+struct KernelCount {
+  const char* kernel;
+  model::Count busiest;
+  int64_t must_move;  // bytes that some core reads, and that some core writes, each once
+  uint32_t cores;
+};
+std::vector<KernelCount> counts;  // of the call in progress
 
 // One launch: every core in turn. What a core wrote is forbidden to read until the next launch.
 template <class Kernel, class... Args>
@@ -31,7 +38,9 @@ uint32_t launch(const char* name, Kernel kernel, uint32_t cores, Args... args) {
   }
   for (model::GmRange& range : current.ranges) {
     range.writer.assign(range.bytes, -1);
+    range.touched.assign(range.bytes, 0);
   }
+  current.busiest = {};
   for (uint32_t i = 0; i < cores; ++i) {
     model::core().reset(&current, i);
     try {
@@ -51,6 +60,13 @@ uint32_t launch(const char* name, Kernel kernel, uint32_t cores, Args... args) {
       }
     }
   }
+  int64_t must_move = 0;
+  for (const model::GmRange& range : current.ranges) {
+    for (const uint8_t touched : range.touched) {
+      must_move += (touched & 1) + (touched >> 1);
+    }
+  }
+  counts.push_back({name, current.busiest, must_move, cores});
   return 0;
 }
 
@@ -76,19 +92,19 @@ uint32_t aclrtlaunch_skipvit_gather_rows(uint32_t cores, void*, void* x, void* i
 }
 
 uint32_t aclrtlaunch_skipvit_place_rows(uint32_t cores, void*, void* moved, void* base,
-                                        void* update, void* index, void* out, uint64_t total,
-                                        uint64_t per_core, uint32_t a, uint32_t b, uint32_t c,
-                                        uint32_t d, uint32_t e) {
+                                        void* update, void* index, void* out, void* taken,
+                                        uint64_t total, uint64_t per_core, uint32_t a, uint32_t b,
+                                        uint32_t c, uint32_t d, uint32_t e) {
   return launch("place_rows", skipvit_place_rows, cores, gm(moved), gm(base), gm(update), gm(index),
-                gm(out), total, per_core, a, b, c, d, e);
+                gm(out), gm(taken), total, per_core, a, b, c, d, e);
 }
 
 uint32_t aclrtlaunch_skipvit_sum_rows(uint32_t cores, void*, void* x, void* scores, void* index,
                                       void* out, uint64_t total, uint64_t per_core, uint32_t a,
                                       uint32_t b, uint32_t c, uint32_t d, uint32_t e, uint32_t f,
-                                      uint32_t g, uint32_t h, uint32_t i, uint32_t j) {
+                                      uint32_t g, uint32_t h, uint32_t i) {
   return launch("sum_rows", skipvit_sum_rows, cores, gm(x), gm(scores), gm(index), gm(out), total,
-                per_core, a, b, c, d, e, f, g, h, i, j);
+                per_core, a, b, c, d, e, f, g, h, i);
 }
 
 uint32_t aclrtlaunch_skipvit_fuse_backward(uint32_t cores, void*, void* grad, void* x, void* scores,
@@ -100,24 +116,18 @@ uint32_t aclrtlaunch_skipvit_fuse_backward(uint32_t cores, void*, void* grad, vo
                 gm(index), gm(grad_x), gm(dots), total, per_core, a, b, c, d, e, f, g, h);
 }
 
-uint32_t aclrtlaunch_skipvit_cls_softmax(uint32_t cores, void*, void* q, void* k, void* out,
-                                         uint64_t total, uint64_t per_core, uint64_t image,
-                                         uint64_t head, uint32_t a, uint32_t b, uint32_t c,
-                                         uint32_t d, uint32_t e, uint32_t f, float scale) {
-  return launch("cls_softmax", skipvit_cls_softmax, cores, gm(q), gm(k), gm(out), total, per_core,
-                image, head, a, b, c, d, e, f, scale);
-}
-
-uint32_t aclrtlaunch_skipvit_mean_heads(uint32_t cores, void*, void* in, void* out, uint64_t total,
-                                        uint64_t per_core, uint32_t a, uint32_t b, uint32_t c,
-                                        uint32_t d, uint32_t e, uint32_t f, float divisor) {
-  return launch("mean_heads", skipvit_mean_heads, cores, gm(in), gm(out), total, per_core, a, b, c,
-                d, e, f, divisor);
+uint32_t aclrtlaunch_skipvit_cls_scores(uint32_t cores, void*, void* q, void* k, void* out,
+                                        uint64_t total, uint64_t per_core, uint64_t image,
+                                        uint64_t head, uint32_t a, uint32_t b, uint32_t c,
+                                        uint32_t d, uint32_t e, uint32_t f, uint32_t g,
+                                        float scale) {
+  return launch("cls_scores", skipvit_cls_scores, cores, gm(q), gm(k), gm(out), total, per_core,
+                image, head, a, b, c, d, e, f, g, scale);
 }
 
 // Memory that the kernels may touch from now on, where a driver and not Python hands it out.
 void skipvit_model_memory(void* base, int64_t bytes) {
-  current.ranges.push_back({gm(base), static_cast<size_t>(bytes), true, {}});
+  current.ranges.push_back({gm(base), static_cast<size_t>(bytes), true, {}, {}});
 }
 
 // ---------------------------------------------------------------- the interface for Python
@@ -129,6 +139,10 @@ struct PlainView {
   int32_t dim, absent;
   int64_t sizes[4], strides[4];
 };
+
+const char* skipvit_model_refuse_chip(const char* name) {
+  return (error = skipvit::refuse_chip(name)).c_str();
+}
 
 const char* skipvit_model_error() { return error.c_str(); }
 
@@ -183,27 +197,54 @@ int skipvit_model_output(const skipvit::Call* call, int i, int64_t* sizes, int64
 
 uint64_t skipvit_model_ub_bytes(const skipvit::Call* call) { return call->ub_bytes; }
 
-int64_t skipvit_model_workspace(const skipvit::Call* call) { return call->workspace_bytes; }
+// Every fixed cost times `factor`; those of bytes and of repeats stay.
+void skipvit_model_scale_costs(double factor) {
+  model::cost = {};
+  for (double* fixed :
+       {&model::cost.scalar, &model::cost.issue, &model::cost.vector, &model::cost.barrier,
+        &model::cost.flag, &model::cost.transfer, &model::cost.latency}) {
+    *fixed *= factor;
+  }
+}
 
-// Runs and frees the call. `memory` and `bytes`: inputs, then outputs, then the workspace; the
-// kernels may touch nothing else. `must[i]` bytes of output i must have been written. 0, or
+// The i-th kernel of the last call: its name, or null; cycles, instructions, scalar accesses,
+// vector instructions, DMAs and bytes of its busiest core, bytes that must move, cores.
+const char* skipvit_model_count(int i, double* out) {
+  if (i >= static_cast<int>(counts.size())) {
+    return nullptr;
+  }
+  const KernelCount& c = counts[i];
+  const double values[] = {c.busiest.cycles,
+                           static_cast<double>(c.busiest.instructions),
+                           static_cast<double>(c.busiest.scalars),
+                           static_cast<double>(c.busiest.vectors),
+                           static_cast<double>(c.busiest.transfers),
+                           static_cast<double>(c.busiest.bytes),
+                           static_cast<double>(c.must_move),
+                           static_cast<double>(c.cores)};
+  std::copy(std::begin(values), std::end(values), out);
+  return c.kernel;
+}
+
+// Runs and frees the call. `memory` and `bytes`: inputs, then outputs; the kernels may
+// touch nothing else. `must[i]` bytes of output i must have been written. 0, or
 // skipvit_model_error.
 int skipvit_model_launch(skipvit::Call* owned, void** memory, const int64_t* bytes, int inputs,
                          const int64_t* must, int64_t* stats) {
   const std::unique_ptr<skipvit::Call> call(owned);
   const int outputs = static_cast<int>(call->outputs.size());
   current = model::Launch{};
-  for (int i = 0; i < inputs + outputs + 1; ++i) {
+  counts.clear();
+  for (int i = 0; i < inputs + outputs; ++i) {
     current.ranges.push_back(
-        {static_cast<uint8_t*>(memory[i]), static_cast<size_t>(bytes[i]), i >= inputs, {}});
+        {static_cast<uint8_t*>(memory[i]), static_cast<size_t>(bytes[i]), i >= inputs, {}, {}});
   }
   written.assign(current.ranges.size(), {});
   for (size_t r = 0; r < written.size(); ++r) {
     written[r].assign(current.ranges[r].bytes, 0);
   }
-  void* workspace = memory[inputs + outputs];
   const std::vector<void*> results(memory + inputs, memory + inputs + outputs);
-  if (call->launch(results, workspace, nullptr) != 0) {
+  if (call->launch(results, nullptr) != 0) {
     return 1;
   }
   for (int i = 0; i < outputs; ++i) {

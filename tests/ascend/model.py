@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,11 +44,15 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def build(root: Path = ROOT, out: Path = BUILD) -> Path:
-    """The model's library for the sources under `root`, built once per content."""
+def build(root: Path = ROOT, out: Path = BUILD, *, reduce_float: bool = False) -> Path:
+    """The model's library for the sources under `root`, built once per content.
+
+    reduce_float: with the sum across lanes that the 910A documents for half alone (fold.h).
+    """
+    flags = [*FLAGS, *["-DSKIPVIT_REDUCE_FLOAT"] * reduce_float]
     folders = root / "ascend_ops", root / "tests/ascend"
     files = sorted(file for folder in folders for file in folder.rglob("*.[hc]*"))
-    digest = hashlib.sha256(" ".join([compiler(), *FLAGS]).encode())
+    digest = hashlib.sha256(" ".join([compiler(), *flags]).encode())
     for file in files:
         digest.update(file.read_bytes())
     if root != REPOSITORY:
@@ -58,7 +63,7 @@ def build(root: Path = ROOT, out: Path = BUILD) -> Path:
         unfinished = library.with_suffix(f".{os.getpid()}")
         sources = [str(root / source) for source in SOURCES]
         include = f"-I{root / 'tests/ascend'}"
-        command = [compiler(), *FLAGS, include, *sources, "-o", str(unfinished)]
+        command = [compiler(), *flags, include, *sources, "-o", str(unfinished)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         unfinished.replace(library)
     return library
@@ -80,13 +85,48 @@ class _View(ctypes.Structure):
 def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.skipvit_model_error.restype = ctypes.c_char_p
+    library.skipvit_model_refuse_chip.restype = ctypes.c_char_p
+    library.skipvit_model_count.restype = ctypes.c_char_p
     library.skipvit_model_plan.restype = ctypes.c_void_p
-    library.skipvit_model_workspace.restype = ctypes.c_int64
     library.skipvit_model_ub_bytes.restype = ctypes.c_int64
     return library
 
 
 _library = functools.cache(lambda: load(build()))
+
+
+def refuse_chip(name: str | None) -> str:
+    """Why the kernels cannot run on a chip of this name, or an empty text."""
+    text: bytes = _library().skipvit_model_refuse_chip(None if name is None else name.encode())
+    return text.decode()
+
+
+class Count(NamedTuple):
+    """Of one launch: its busiest core by the model's guessed costs, and what had to move at all."""
+
+    kernel: str
+    cycles: float
+    instructions: int
+    scalars: int
+    vectors: int
+    transfers: int
+    bytes: int
+    must_move: int  # by all cores: each byte read once, each written once
+    cores: int
+
+
+def last_counts(library: ctypes.CDLL | None = None) -> list[Count]:
+    """The launches of the last call."""
+    library = library or _library()
+    values, found = (ctypes.c_double * 8)(), []
+    while name := library.skipvit_model_count(len(found), values):
+        found.append(Count(name.decode(), values[0], *(int(value) for value in values[1:])))
+    return found
+
+
+def scale_costs(factor: float, library: ctypes.CDLL | None = None) -> None:
+    """Every fixed cost of an instruction times `factor`; those of bytes and repeats stay."""
+    (library or _library()).skipvit_model_scale_costs(ctypes.c_double(factor))
 
 
 def _view(name: str, tensor: Tensor | None) -> _View:
@@ -142,11 +182,10 @@ def run(
         memory = torch.empty(storage.value, dtype=getattr(torch, dtype.value.decode()))
         storages.append(memory)
         outputs.append(memory[: torch.Size(shape).numel()].view(shape))
-    workspace = torch.empty(library.skipvit_model_workspace(handle), dtype=torch.uint8)
 
     planned = library.skipvit_model_ub_bytes(handle)
     inputs = [tensor for tensor in tensors.values() if tensor is not None]
-    memory = [*inputs, *storages, workspace]
+    memory = [*inputs, *storages]
     addresses = (ctypes.c_void_p * len(memory))(*(m.data_ptr() for m in memory))
     bytes_ = (ctypes.c_int64 * len(memory))(*(_bytes(m) for m in memory))
     must = (ctypes.c_int64 * len(outputs))(*(_bytes(o) for o in outputs))

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from ascend import lint, model
+from ascend import counts, lint, model
 
 from skipvit_kernels import reference
 
@@ -288,6 +288,81 @@ def test_keys_are_read_in_the_layout_of_the_qkv_projection():
     assert torch.allclose(got, reference.cls_scores(q, k, scale=0.2), atol=1e-6)
 
 
+def library(reduce_float):
+    return model.load(model.build(reduce_float=reduce_float))
+
+
+@pytest.mark.parametrize("reduce_float", [False, True])
+@pytest.mark.parametrize("width", [8, 24, 64, 72, 128, 520])
+def test_dot_products_of_every_width_with_and_without_the_sum_across_lanes(width, reduce_float):
+    q, k = torch.randn(3, 2, width), torch.randn(3, 2, 41, width)
+    args = {"q": q, "k": k}
+    got = model.run("cls_scores", args, (width**-0.5, 2), 2, library(reduce_float))[0]
+    assert torch.allclose(got, reference.cls_scores(q, k, num_prefix_tokens=2), atol=1e-6)
+
+
+@pytest.mark.parametrize("reduce_float", [False, True])
+@pytest.mark.parametrize("channels", [8, 72, 384, 2056])  # more than 255 blocks: another way to add
+@pytest.mark.parametrize("patches", [3, 7, 8, 15, 31, 37, 64, 100])
+@pytest.mark.parametrize("heads, scores_dtype", [(None, torch.float32), (3, torch.float16)])
+def test_the_gradient_to_scores_of_every_length(
+    patches, channels, heads, scores_dtype, reduce_float
+):
+    """Pieces of an image end anywhere; no block may reach into another core's."""
+    x, fused = torch.randn(3, 2 + patches, channels), torch.randn(3, 3 + patches // 3, channels)
+    shape = (3, patches) if heads is None else (3, heads, patches)
+    scores = torch.rand(shape).to(scores_dtype)
+    index = reference.gather_topk(x, scores, patches // 3, num_prefix_tokens=2)[1]
+    args = {"grad": fused, "x": x, "scores": scores, "index": index}
+    want = reference.gather_topk_fuse_backward(fused, x, scores, index)
+    for cores in (1, 5, 32):
+        got = model.run("gather_topk_fuse_backward", args, (), cores, library(reduce_float))
+        assert torch.equal(got[0], want[0])
+        assert torch.allclose(got[1].float(), want[1].float(), rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 9])
+def test_an_entry_that_takes_no_row_gets_a_gradient_of_zero(cores):
+    """Out of range, or a row that a later entry takes: nothing stale may come out."""
+    grad, index = torch.randn(2, 9, 8), torch.tensor([[4, -1, 4, 2**40], [8, 0, 8, 8]])
+    grad_x, grad_tokens, _ = model.run(
+        "scatter_back_backward", {"grad": grad, "index": index}, (0,), cores
+    )
+    taken = torch.zeros(2, 4, 8)
+    taken[0, 2], taken[1, 1], taken[1, 3] = grad[0, 4], grad[1, 0], grad[1, 8]
+    assert torch.equal(grad_tokens, taken)
+    left = grad.clone()
+    left[0, 4] = left[1, 0] = left[1, 8] = 0
+    assert torch.equal(grad_x, left)
+
+
+LAUNCHES = {
+    "cls_scores": 1, "gather_topk": 1, "gather_topk_fuse": 2, "gather_topk_fuse_backward": 1,
+    "gather_rows": 1, "gather_rows_backward": 1, "scatter_back": 1, "scatter_back, update": 1,
+    "scatter_back_backward": 1, "scatter_back_backward, update": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reduce_float", [False, True])
+def test_every_launch_keeps_its_share_of_bandwidth_by_the_assumed_costs(reduce_float):
+    """As docs/results/ascend_counts.md; in float16, where fewest bytes hide the rest."""
+    rows = counts.rows(reduce_float, dtypes=(torch.float16,))
+    for row in rows:
+        assert row.launches == LAUNCHES[row.operator], row.operator
+        if reduce_float or row.operator not in counts.SUMMING:
+            floor = counts.FLOORS.get(row.operator, counts.FLOOR)
+            assert row.share >= floor, (row.operator, row.count)
+
+
+def test_the_page_of_counts_is_of_these_kernels():
+    """Its float16 rows; the floats of a count depend on the scores that this torch draws."""
+    page = counts.RESULT.read_text()
+    for row in counts.rows(False, dtypes=(torch.float16,)):
+        c = row.count
+        cells = [row.operator, "float16", f"{row.launch + 1} of {row.launches}", c.kernel]
+        assert f"| {' | '.join(cells)} | {c.instructions} | {c.scalars} |" in page
+
+
 # ------------------------------------------------------------------------------ limits
 
 ROWS = torch.randn(2, 9, 16)
@@ -361,3 +436,11 @@ def test_what_the_chip_cannot_do_is_refused_by_name(case):
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_only_the_chips_that_the_kernels_are_built_for_are_not_refused():
+    for part in ("A", "ProA", "PremiumA", "ProB", "B"):
+        assert model.refuse_chip(f"Ascend910{part}") == ""
+    for name in ("Ascend910B1", "Ascend910_9391", "Ascend310P3", "Ascend910", ""):
+        assert model.refuse_chip(name).endswith(f"without a digit), got {name}")
+    assert model.refuse_chip(None).endswith("got a chip without a name")

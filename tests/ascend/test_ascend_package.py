@@ -41,7 +41,7 @@ def test_a_library_that_does_not_load_is_a_reason_and_no_failure(tmp_path, monke
     assert "import it before" in str(npu.unavailable_reason())
     monkeypatch.setitem(sys.modules, "torch_npu", object())
     npu._load_error.cache_clear()
-    assert "_ascend.so does not load" in str(npu.unavailable_reason())
+    assert "_ascend.so does not load: " in str(npu.unavailable_reason())
     npu._load_error.cache_clear()
 
 
@@ -65,6 +65,31 @@ def test_the_build_says_what_it_lacks(option, message, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert message in " ".join(done.stderr.split())
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH")
+def test_the_cpu_twin_gets_a_library_a_kernel_and_the_host_code_is_optimised(tmp_path):
+    """CANN's function of the name makes one file name of all its sources in this mode."""
+    cann = tmp_path / "tools/tikcpp/ascendc_kernel_cmake/ascendc.cmake"
+    cann.parent.mkdir(parents=True)
+    cann.write_text(
+        "function(ascendc_library name kind)\n"
+        '  message(STATUS "library ${name}: ${ARGN} ${CMAKE_BUILD_TYPE}")\nendfunction()\n'
+        "function(ascendc_compile_definitions name)\n"
+        '  message(STATUS "${name} with ${ARGN}")\nendfunction()\n'
+    )
+    command = ["cmake", "-S", str(ROOT / "ascend_ops"), "-B", str(tmp_path / "build")]
+    options = [f"-DASCEND_CANN_PACKAGE_PATH={tmp_path}", "-DRUN_MODE=cpu"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    libraries = [line for line in done.stdout.splitlines() if "library skipvit_ascend_" in line]
+    kernels = sorted((ROOT / "ascend_ops" / "kernels").glob("*.cpp"))
+    assert " with " not in done.stdout
+    assert libraries == [
+        f"-- library skipvit_ascend_{kernel.stem}: {kernel} Release" for kernel in kernels
+    ]
+    reducing = [*command, *options, "-DSKIPVIT_REDUCE_FLOAT=1"]
+    done = subprocess.run(reducing, capture_output=True, text=True, check=True)
+    assert done.stdout.count(" with PRIVATE;SKIPVIT_REDUCE_FLOAT") == len(kernels)
 
 
 def test_the_page_says_what_has_not_been_done():

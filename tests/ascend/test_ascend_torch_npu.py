@@ -4,7 +4,10 @@ Tensors are on npu:0 of a fake driver, and the kernels are the CPU model's. Noth
 works there: where a whole model runs, torch's own operators are computed on the CPU (OthersOnCpu).
 """
 
+import ctypes
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -135,6 +138,43 @@ def test_what_the_chip_cannot_do_is_refused_before_a_launch():
         sk.gather_topk(torch.randn(2, 9, 20).to("npu:0"), scores, 3)
     with pytest.raises(ValueError, match="at most 4096 tokens on Ascend910A, got 5001"):
         sk.gather_topk(torch.randn(1, 5001, 8).to("npu:0"), torch.rand(1, 5000).to("npu:0"), 3)
+
+
+def test_a_tensor_of_another_device_reaches_no_core():
+    x, index = torch.randn(2, 9, 32), torch.tensor([[0, 3], [2, 5]])
+    with pytest.raises(ValueError, match="index must be on an NPU, got cpu"):
+        torch.ops.skipvit.gather_rows(x.to("npu:0"), index)
+    with pytest.raises(ValueError, match="x must be on an NPU, got cpu"):
+        torch.ops.skipvit.gather_rows(x, index.to("npu:0"))
+    with pytest.raises(ValueError, match="update must be on an NPU, got cpu"):
+        rows = x.to("npu:0"), x[:, :2].to("npu:0"), index.to("npu:0")
+        torch.ops.skipvit.scatter_back(*rows, update=x[:, 0].contiguous())
+
+
+def test_the_number_of_cores_is_asked_once():
+    driver = ctypes.CDLL(str(Path(str(LIBRARY)).with_name("libascendcl.so")))
+    x, index = torch.randn(2, 9, 32).to("npu:0"), torch.tensor([[0, 3], [2, 5]]).to("npu:0")
+    sk.gather_rows(x, index)
+    calls = ctypes.c_int.in_dll(driver, "fake_acl_capability_calls")
+    before = calls.value
+    sk.gather_rows(x, index)
+    assert calls.value == before
+
+
+def test_a_foreign_chip_is_refused_when_the_library_loads():
+    code = (
+        "import torch_npu, torch\nfrom pathlib import Path\n"
+        "from skipvit_kernels.backends import npu\n"
+        f"npu.LIBRARY = Path({LIBRARY!r})\n"
+        "print(npu.unavailable_reason())\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "print(has('skipvit::gather_rows', 'PrivateUse1'))"
+    )
+    environment = {**os.environ, "SKIPVIT_FAKE_SOC": "Ascend910B3"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    reason, registered = done.stdout.strip().splitlines()[-2:]
+    assert reason.endswith("got Ascend910B3") and registered == "False"
 
 
 def matmul_backward(grad, left, right, mask):

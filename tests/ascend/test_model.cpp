@@ -17,10 +17,11 @@ int failures = 0;
 template <class Kernel>
 std::string fault_of(Kernel kernel, int cores = 1) {
   memory = model::Launch{};
-  memory.ranges.push_back({reinterpret_cast<uint8_t*>(input), sizeof(input), false, {}});
-  memory.ranges.push_back({reinterpret_cast<uint8_t*>(output), sizeof(output), true, {}});
+  memory.ranges.push_back({reinterpret_cast<uint8_t*>(input), sizeof(input), false, {}, {}});
+  memory.ranges.push_back({reinterpret_cast<uint8_t*>(output), sizeof(output), true, {}, {}});
   for (model::GmRange& range : memory.ranges) {
     range.writer.assign(range.bytes, -1);
+    range.touched.assign(range.bytes, 0);
   }
   try {
     for (int i = 0; i < cores; ++i) {
@@ -122,6 +123,18 @@ int main() {
       a.SetValue(i, 1.0f);
     }
     Muls(b, a, 1.0f, 64);
+  });
+
+  expect("write after read", [] {  // in place: its own read must not hide the one before it
+    const LocalTensor<float> a = filled(), b = filled(), c = buffer();
+    Add(c, a, b, 64);
+    Muls(a, a, 2.0f, 64);
+  });
+  expect("", [] {
+    const LocalTensor<float> a = filled(), b = filled(), c = buffer();
+    Add(c, a, b, 64);
+    PipeBarrier<PIPE_V>();
+    Muls(a, a, 2.0f, 64);
   });
 
   // -------------------------------------------------------------------------- flags
@@ -242,6 +255,16 @@ int main() {
   expect("past its tensor", [&] { store(8, 256); });
   expect("written twice, by cores 0 and 1", [&] { store(8 * core().block, 16); }, 2);
   expect("", [&] { store(8 * core().block, 8); }, 2);
+  expect("", [&] {
+    store(0, 16);
+    store(3, 8);
+  });
+  expect("written twice, by cores 0 and 0", [&] {
+    const LocalTensor<float> tensor = buffer<TPosition::VECOUT>();
+    Duplicate(tensor, 2.0f, 8);
+    store(0, 16);
+    DataCopy(global(output)[3], tensor, 8);
+  });
   expect("wrote in this launch", [&] {
     store(0, 8);
     DataCopy(buffer<TPosition::VECIN>(), global(output), 8);

@@ -22,13 +22,13 @@ uint64_t checked = 0;
   }
 
 // The cores' shares [c * per_core, (c + 1) * per_core) cover `total` once; none is empty; all but
-// the last are whole units, so no two cores meet inside a block of the output.
-void check_shares(const Tiling& t, uint64_t total, uint64_t unit, uint32_t cores) {
+// the last have at least `least` items, a whole block of the output.
+void check_shares(const Tiling& t, uint64_t total, uint64_t least, uint32_t cores) {
   ++checked;
   CHECK(t.total == total && t.cores >= 1 && t.cores <= cores && t.cores <= kMaxCores);
-  CHECK(t.per_core % unit == 0);
+  CHECK(t.per_core >= least);
   CHECK(t.per_core * t.cores >= total && t.per_core * (t.cores - 1) < total);
-  CHECK(t.per_core <= (total / cores / unit + 1) * unit);  // as even as whole units allow
+  CHECK(t.per_core <= total / cores + 1 || t.per_core == least);  // as even as whole items allow
 }
 
 void check_budget(const Tiling& t, uint64_t row_bytes, bool must_fit) {
@@ -76,9 +76,12 @@ int main() {
               CHECK(t.block_channels >= 1 && t.block_channels <= c);
               check_shares(t, b * ((c + t.block_channels - 1) / t.block_channels), 1, cores);
               check_budget(t, t.block_channels * element, must_fit);
+              CHECK(t.tile_rows % kRowSums == 0);
               t = tile_fuse_backward(b, n, k, c, element, n, score, cores);
-              check_shares(t, b * round_up(n, 8), 8, cores);
+              check_shares(t, b * std::max<uint64_t>(1, n / kPiecePatches), 1,
+                           n * score < kBlockBytes ? 1 : cores);
               check_budget(t, c * element, must_fit);
+              CHECK(t.tile_rows <= kBitRows);
             }
           }
         }
@@ -87,8 +90,9 @@ int main() {
         for (const uint64_t width : {8 * 4 / element, 64 * 1ul, 80 * 1ul, 128 * 1ul, 256 * 1ul}) {
           for (const uint64_t heads : {1, 3, 6, 12, 16, 25}) {
             const uint32_t cores = some_cores[(n + width) % 5];
-            const Tiling t = tile_cls_softmax(batches[n % 8], heads, n, width, element, cores);
-            check_shares(t, batches[n % 8] * heads, 1, cores);
+            const uint64_t patches = std::max<uint64_t>(1, n - std::min(n, heads));
+            const Tiling t = tile_cls_scores(batches[n % 8], n, patches, width, element, cores);
+            check_shares(t, batches[n % 8], (8 + patches - 1) / patches, cores);
             check_budget(t, width * 4, n <= 2048);
           }
         }
@@ -102,9 +106,6 @@ int main() {
       check_shares(split(total, 1, cores), total, 1, cores);
       check_shares(split(total, 4, cores), total, 4, cores);
       check_shares(split(total, 8, cores), total, 8, cores);
-      const Tiling t = tile_mean_heads(total, 2, cores);
-      check_shares(t, total, 16, cores);
-      CHECK(t.ub_bytes <= kUbBytes);
     }
     const uint64_t huge = (1ull << 33) + 5;
     check_shares(split(huge, 4, cores), huge, 4, cores);
