@@ -261,12 +261,11 @@ class FuseBackward {
       }
       return;
     }
-    Sync<HardEvent::V_MTE3>(*pipe_);
     Sync<HardEvent::MTE3_S>(*pipe_);
     for (uint32_t i = 0; i < block && rest > 0; ++i) {
       last.SetValue(i, bits.GetValue(count - block + i));
     }
-    Sync<HardEvent::S_MTE3>(*pipe_);
+    Sync<HardEvent::S_MTE3>(*pipe_);  // the scalar unit has waited for the vector unit
     for (uint32_t h = 0; h < heads_; ++h) {
       const uint64_t to = (image * heads_ + h) * patches_ + first;
       DataCopy(grad_scores_[to], bits, count - rest);

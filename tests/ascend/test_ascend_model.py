@@ -324,16 +324,50 @@ def test_the_gradient_to_scores_of_every_length(
 @pytest.mark.parametrize("cores", [1, 2, 9])
 def test_an_entry_that_takes_no_row_gets_a_gradient_of_zero(cores):
     """Out of range, or a row that a later entry takes: nothing stale may come out."""
-    grad, index = torch.randn(2, 9, 8), torch.tensor([[4, -1, 4, 2**40], [8, 0, 8, 8]])
+    grad = torch.randn(3, 9, 8)
+    index = torch.tensor([[4, -1, 4, 2**40], [8, 0, 8, 8], [1, 3, 3, 7]])
     grad_x, grad_tokens, _ = model.run(
         "scatter_back_backward", {"grad": grad, "index": index}, (0,), cores
     )
-    taken = torch.zeros(2, 4, 8)
-    taken[0, 2], taken[1, 1], taken[1, 3] = grad[0, 4], grad[1, 0], grad[1, 8]
+    taken = torch.zeros(3, 4, 8)
+    for image, entry in ((0, 2), (1, 1), (1, 3), (2, 0), (2, 2), (2, 3)):
+        taken[image, entry] = grad[image, index[image, entry]]
     assert torch.equal(grad_tokens, taken)
     left = grad.clone()
-    left[0, 4] = left[1, 0] = left[1, 8] = 0
+    left[0, 4] = left[1, [0, 8]] = left[2, [1, 3, 7]] = 0
     assert torch.equal(grad_x, left)
+
+
+def test_prefix_rows_that_the_index_does_not_name_take_no_gradient():
+    x, scores, grad = torch.randn(2, 43, 8), torch.rand(2, 40), torch.randn(2, 4, 8)
+    index = torch.tensor([[1, 9, 30], [5, 40, 42]])  # of three prefix rows one, and none
+    args = {"grad": grad, "x": x, "scores": scores, "index": index}
+    got = model.run("gather_topk_fuse_backward", args, (), 2)
+    want = reference.gather_topk_fuse_backward(grad, x, scores, index)
+    assert torch.equal(got[0], want[0]) and torch.allclose(got[1], want[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+def test_the_rows_that_are_summed_are_those_that_an_index_in_any_order_leaves(ascending):
+    """More than 64 rows: which are named is kept in words of 64 bits."""
+    grad = torch.randn(3, 200, 16)
+    index = torch.stack([torch.randperm(200)[:77] for _ in range(3)])
+    index = index.sort().values if ascending else index
+    got = model.run("scatter_back_backward", {"grad": grad, "index": index}, (1,), 3)
+    want = reference.scatter_back_backward(grad, index, True)
+    same(got[:2], want[:2])
+    assert torch.allclose(got[2], want[2], atol=1e-4)
+
+
+def test_the_search_finds_a_value_wherever_it_lies():
+    """Two patches that tie, one kept: no threshold ends the search before it has their value."""
+    bits = torch.cat(
+        [torch.randint(-(2**31), 2**31, (3000,)), 2**16 * torch.randint(-(2**15), 2**15, (3000,))]
+    )
+    scores = bits.to(torch.int32).view(torch.float32)[:, None].expand(-1, 2).contiguous()
+    x = torch.randn(len(bits), 2, 8)
+    index = model.run("gather_topk", {"x": x, "scores": scores}, (1, 0), 1)[1]
+    assert bool((index == 0).all())
 
 
 LAUNCHES = {
