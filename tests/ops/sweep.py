@@ -507,7 +507,15 @@ def scatter_gradients(case: Case, got: tuple[Tensor, ...], grad: Tensor, index: 
     # Which of two equal entries is left out makes no difference to what was replaced.
     want = reference.scatter_back_backward(grad, index[:, case.columns[0]], False)[0]
     same_bits(got[0], want)
-    same_rows(case, got[1], grad, index)
+    if case.backend.name == "npu-model" and case.cell.rows == "repeated":
+        # Of two entries that name a row the later one has its gradient, as in the forward.
+        every = range(case.num_rows)
+        earlier = min(gone for c in case.columns for gone in set(every) - set(c))
+        loses = torch.tensor([column == earlier for column in every])
+        same_rows(case, got[1], grad, index.masked_fill(loses, -1))
+        assert not got[1][:, earlier].any()
+    else:
+        same_rows(case, got[1], grad, index)
     if len(got) == 3:
         assert got[2].dtype == grad.dtype
         sums(got[2], want.double(), 1, accumulation(grad))
