@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from results import append_csv, data_folder, read_csv
+from results import append_csv, command, data_folder, read_csv
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from timm.models import load_checkpoint, load_state_dict
 from torch import Tensor
@@ -126,10 +125,10 @@ def train(name: str, args: argparse.Namespace, work: Path) -> list[list[Any]]:
     return rows
 
 
-def write_page(folder: Path, command: str) -> None:
+def write_page(folder: Path, called: str) -> None:
     rows = read_csv(folder / "epochs.csv")
     last = {row["name"]: row for row in rows}
-    lines = ["# Fine-tuning with skipping", "", f"    {command}", ""]
+    lines = ["# Fine-tuning with skipping", "", f"    {called}", ""]
     lines += [f"- {name}: {value}" for name, value in machine.versions().items()]
     lines += [
         "",
@@ -178,7 +177,7 @@ def main() -> None:
         for name in tqdm([name for name in SETTINGS if name not in done], unit="training"):
             for row in train(name, args, work):
                 append_csv(args.out / "epochs.csv", COLUMNS, row)
-            write_page(args.out, shlex.join(["python", *sys.argv]))
+            write_page(args.out, command(folder))
 
 
 if __name__ == "__main__":

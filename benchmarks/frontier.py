@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import timm
 import torch
 from frontier_settings import all_settings
 from PIL import Image
-from results import append_csv, data_folder, read_csv
+from results import append_csv, command, data_folder, read_csv
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_checkpoint
 from torch import Tensor, nn
@@ -140,7 +138,7 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     measure_speed(model, folder, args.out / "seconds.csv", args.rounds)
-    frontier_page.write(args.out, command=shlex.join(["python", *sys.argv]))
+    frontier_page.write(args.out, command=command(folder))
 
 
 if __name__ == "__main__":

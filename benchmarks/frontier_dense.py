@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch.nn.functional as F
 from frontier import BATCH, PICTURES, WEIGHTS, centre, load_model, load_pictures, normalised
 from matplotlib.figure import Figure
 from PIL import Image
-from results import data_folder
+from results import command, data_folder
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from tqdm import tqdm
@@ -111,15 +109,14 @@ def main() -> None:
         rows.append([config, *cells, f"{sk.ideal_speedup(model, config):.3f}"])
     with (args.out / "results.csv").open("w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
-    (args.out / "report.md").write_text("\n".join(page(columns, rows)) + "\n")
+    (args.out / "report.md").write_text("\n".join(page(command(folder), columns, rows)) + "\n")
 
 
-def page(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    command = shlex.join(["python", *sys.argv])
+def page(called: str, columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:
     return [
         "# Dense quality: DeiT-tiny off the shelf",
         "",
-        f"    {command}",
+        f"    {called}",
         "",
         *(f"- {name}: {value}" for name, value in machine.versions().items()),
         "",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ def data_folder(parser: argparse.ArgumentParser, given: Path | None, names: Iter
     if lacking := [name for name in names if not (folder / name).exists()]:
         parser.error(f"{folder} lacks {' and '.join(lacking)}")
     return folder
+
+
+def command(folder: Path) -> str:
+    """How the script was called, with DIR in the place of the data's folder."""
+    return shlex.join(["python", *sys.argv]).replace(str(folder), "DIR")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

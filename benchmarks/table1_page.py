@@ -119,6 +119,10 @@ def write(folder: Path, scales: Sequence[Scale]) -> None:
     lines = [
         "# Table 1 in training",
         "",
+        "    python benchmarks/table1.py --data DIR --out FOLDER --jobs 2     # what is missing",
+        "    python benchmarks/table1.py --data DIR --out FOLDER --speed      # on an idle machine",
+        '    python benchmarks/table1.py --data DIR --out FOLDER --cell "49 tokens; 6(55%)+11; seed 0"',
+        "",
         *(f"- {name}: {value}" for name, value in machine.versions().items()),
         "",
         f"ViTs of 12 blocks from scratch, {SEEDS} seeds a setting. A change is paired: beside the",
