@@ -119,9 +119,9 @@ def write(folder: Path, scales: Sequence[Scale]) -> None:
     lines = [
         "# Table 1 in training",
         "",
-        "    python benchmarks/table1.py --data DIR --out FOLDER --jobs 2     # what is missing",
-        "    python benchmarks/table1.py --data DIR --out FOLDER --speed      # on an idle machine",
-        '    python benchmarks/table1.py --data DIR --out FOLDER --cell "49 tokens; 6(55%); seed 0"',
+        "    python benchmarks/table1.py --data DIR --out OUT --jobs 2     # what is missing",
+        "    python benchmarks/table1.py --data DIR --out OUT --speed      # on an idle machine",
+        '    python benchmarks/table1.py --data DIR --out OUT --cell "49 tokens; 6(55%); seed 0"',
         "",
         *(f"- {name}: {value}" for name, value in machine.versions().items()),
         "",
