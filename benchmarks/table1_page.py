@@ -114,8 +114,8 @@ def rows_of(
 def write(folder: Path, scales: Sequence[Scale]) -> None:
     done = finished(folder / "cells.csv", scales)
     speeds = read_csv(folder / "speed.csv")
-    tables = {scale: rows_of(scale, done, speeds) for scale in scales}
-    chart({s: rows for s, rows in tables.items() if rows}).savefig(folder / "table1.png")
+    tables = {s: rows for s in scales if (rows := rows_of(s, done, speeds))}
+    chart(tables).savefig(folder / "table1.png")
     lines = [
         "# Table 1 in training",
         "",
