@@ -66,8 +66,9 @@ class CMakeBuild(build_ext):
             f"-DSKIPVIT_VERSION={self.distribution.get_version()}",
         ]
         if ext is ASCEND:
-            options = ("SOC_VERSION", "SKIPVIT_REDUCE_FLOAT")
-            configure += [f"-D{name}={env[name]}" for name in options if name in env]
+            # Both always: CMake remembers what an earlier build was given.
+            options = {"SOC_VERSION": "Ascend910A", "SKIPVIT_REDUCE_FLOAT": "0"}
+            configure += [f"-D{name}={env.get(name, value)}" for name, value in options.items()]
         subprocess.run(configure, check=True, env=env)
         subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
 

@@ -226,6 +226,15 @@ extern "C" __attribute__((visibility("default"))) const char* skipvit_ascend_ref
   return why.empty() ? nullptr : why.c_str();
 }
 
+// Whether the vector unit finishes sums of float32 in this build (kernels/fold.h); for its test.
+extern "C" __attribute__((visibility("default"))) int skipvit_ascend_reduces_float() {
+#ifdef SKIPVIT_REDUCE_FLOAT
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // Registers nothing on a chip that is named and not ours; a driver that cannot name it yet is asked
 // again by the first call.
 TORCH_LIBRARY_IMPL(skipvit, PrivateUse1, m) {
