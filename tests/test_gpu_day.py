@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +50,7 @@ def test_a_line_a_test_and_its_summary(gpu_day, tmp_path):
     (tmp_path / "tests.jsonl").write_text(text)
     gpu_day.write_summary(["test-gpu: 3 s"])
     summary = (tmp_path / "summary.md").read_text()
-    assert "- test-gpu: 1 passed, 2 failed, 1 skipped" in summary
+    assert "- test-gpu: 2 failed, 1 passed, 1 skipped" in summary
     assert "- 2 x `test_three.py::test_bad`: AssertionError: no zero" in summary
     assert "- 1 x `test_three.py::test_absent`: lacks a GPU" in summary
     assert "passed: `select_kernel` 3." in summary
@@ -73,3 +75,33 @@ def test_ratios_of_operators_and_models(gpu_day, tmp_path):
     assert "| operator | B1 bfloat16 | B2 bfloat16 |" in summary
     assert "| merge_rows | 3.5 / 1.4 / 91% | - / - / - |" in summary
     assert "- vit, inference, batch 1, cuda_graph: `6(55%)+11` 1.250 (+1.2%)" in summary
+
+
+def test_a_target_is_cut_off_in_a_background_job_and_an_earlier_run_stays(
+    gpu_day, tmp_path, monkeypatch
+):
+    """A shell starts background jobs with SIGINT ignored."""
+    for name, command in {"make": "exec sleep 50", ".venv/bin/python": "echo torch 2"}.items():
+        program = tmp_path / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{command}\n")
+        program.chmod(0o755)
+    (tmp_path / ".venv" / ".installed").touch()
+    monkeypatch.setattr(gpu_day, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_day, "BIN", tmp_path / ".venv" / "bin")
+    monkeypatch.setattr(sys, "argv", ["gpu_day.py", "bench-gpu-models"])
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PHASE_S", "1")
+    gpu_day.write_summary(["test-gpu: 7 s, exit status 0", "bench-gpu-models: running for 3 s"])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    try:
+        gpu_day.main()
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    summary = (tmp_path / "summary.md").read_text()
+    first, second = [line for line in summary.split("\n") if line.startswith("- ")]
+    assert first == "- test-gpu: 7 s, exit status 0"
+    seconds = re.fullmatch(r"- bench-gpu-models: (\d+) s, cut off after 1 s", second)[1]
+    assert int(seconds) < 40  # and not the 50 that make sleeps
+    assert "torch 2" in summary

@@ -34,6 +34,7 @@ KIT = ROOT / "build" / "gpu-kit"
 BIN = ROOT / ".venv" / "bin"
 OUT = Path(os.environ.get("OUT", ROOT / "build" / "gpu-day")).absolute()
 DEVICE = os.environ.get("DEVICE", "cuda")
+GRACE = 60  # seconds to write tables and charts in, after PHASE_S
 TARGETS = ["test-gpu", "bench-gpu-operators", "bench-gpu-models", "bench-gpu-compiled"]
 
 # ---------------------------------------------------------------------- the plugin of pytest
@@ -133,13 +134,19 @@ def run(target: str, done: list[str]) -> None:
             cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         interrupted = False
-        while process.poll() is None:
-            seconds = time.time() - started
-            write_summary([*done, f"{target}: running for {seconds:.0f} s"])
-            if seconds > limit and not interrupted:
-                os.killpg(process.pid, signal.SIGINT)  # pytest ends the test and writes its tables
-                interrupted = True
-            time.sleep(2)
+        try:
+            while process.poll() is None:
+                seconds = time.time() - started
+                write_summary([*done, f"{target}: running for {seconds:.0f} s"])
+                if seconds > limit + GRACE:  # what hangs in a kernel or a compiler hears no Ctrl-C
+                    os.killpg(process.pid, signal.SIGKILL)
+                elif seconds > limit and not interrupted:
+                    os.killpg(process.pid, signal.SIGINT)  # pytest ends and writes its tables
+                    interrupted = True
+                time.sleep(2)
+        finally:
+            if process.poll() is None:  # this script is being ended: nothing keeps the device
+                os.killpg(process.pid, signal.SIGKILL)
         log.seek(begin)
         errors = re.findall(r"^E  .*", log.read(), re.MULTILINE)
     how = f"cut off after {limit:.0f} s" if interrupted else f"exit status {process.returncode}"
@@ -189,7 +196,8 @@ def summarise_tests(tests: list[dict[str, Any]]) -> list[str]:
     lines = []
     for target in dict.fromkeys(test["target"] for test in tests):
         outcomes = Counter(test["outcome"] for test in tests if test["target"] == target)
-        lines.append(f"- {target}: " + ", ".join(f"{n} {name}" for name, n in outcomes.items()))
+        counts = (f"{n} {name}" for name, n in sorted(outcomes.items()))
+        lines.append(f"- {target}: " + ", ".join(counts))
     for outcome in ("failed", "skipped"):
         found = [test for test in tests if test["outcome"] == outcome]
         if found:
@@ -258,29 +266,42 @@ def write_summary(done: list[str]) -> None:
     about = OUT / "info.txt"
     lines = [
         f"# {DEVICE}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}",
-        *("", "```", *(about.read_text().rstrip().split("\n") if about.exists() else []), "```"),
         *("", *(f"- {each}" for each in done)),
         *("", "## Tests", "", *summarise_tests(tests)),
         *("", "## Triton kernels", "", *summarise_kernels(tests)),
         *("", "## Operators", "", "Times faster than the fastest plain chain / than the compiled"),
-        *("one, and the share of a copy's speed.", "", *summarise_operators()),
+        *("one / the share of a copy's speed.", "", *summarise_operators()),
         *("", *re.findall(r"^\w+, host us a call: .*", log, re.MULTILINE)),
         *("", "## Models", "", "Speed-up, and in brackets the time over the floor's.", ""),
         *summarise_models(),
+        *("", "## Machine", "", "```"),
+        *(about.read_text().rstrip().split("\n") if about.exists() else []),
+        "```",
     ]
     unfinished = OUT / "summary.unfinished"
     unfinished.write_text("\n".join(lines) + "\n")
     unfinished.replace(OUT / "summary.md")
 
 
+def earlier(targets: list[str]) -> list[str]:
+    """How the targets went in an earlier run that are not run again."""
+    path = OUT / "summary.md"
+    head = path.read_text().split("## ")[0] if path.exists() else ""
+    return [line for line in re.findall("^- (.*)", head, re.MULTILINE)
+            if line.split(":")[0] not in targets]  # fmt: skip
+
+
 def main() -> None:
     targets = sys.argv[1:] or TARGETS
+    # A shell starts background jobs with SIGINT ignored, and so would pytest be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     OUT.mkdir(parents=True, exist_ok=True)
     if not (ROOT / ".venv" / ".installed").exists():
         make_environment()
     with (OUT / "info.txt").open("w") as file:
         subprocess.run([BIN / "python", "-m", "skipvit_kernels", "info"], cwd=ROOT, stdout=file)
-    done: list[str] = []
+    done = earlier(targets)
     for target in targets:
         run(target, done)
     print((OUT / "summary.md").read_text())

@@ -1,11 +1,9 @@
 """Does WholeReduceSum of float32 add every lane, in float32? For a build with SKIPVIT_REDUCE_FLOAT.
 
-    pytest -p ascend.on_device tests/ascend/test_reduce_float.py -k "npu and not model"   # on a 910A
-
-CANN's page names half alone for this chip (docs/ascend.md, step 6). The gradient to the scores of
-dropped patches is such a sum and nothing else. Terms are whole numbers times a power of two, so a
-sum is exact in float32 in any order, and right or wrong bit for bit; half, or one lane too few,
-gives another. Elsewhere the test itself is tested, on the CPU model.
+CANN's page names half alone; on a 910A docs/ascend.md, step 6, asks the chip. The gradient to the
+scores of dropped patches is such a sum and nothing else. Terms are whole numbers times a power of
+two, so a sum is exact in float32 in any order, and right or wrong bit for bit; half, or one lane
+too few, gives another. Elsewhere the test itself is tested, on the CPU model.
 """
 
 import ctypes
