@@ -34,7 +34,7 @@ class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         # No Python module: torch.ops.load_library reads it.
         if fullname.endswith("_ascend"):
-            return os.path.join("skipvit_kernels", "_ascend.so")
+            return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:

@@ -1,11 +1,13 @@
 """The Ascend part of the package where there is no CANN: imports, messages, the build's refusal."""
 
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from skipvit_kernels.backends import npu
@@ -90,6 +92,18 @@ def test_the_cpu_twin_gets_a_library_a_kernel_and_the_host_code_is_optimised(tmp
     reducing = [*command, *options, "-DSKIPVIT_REDUCE_FLOAT=1"]
     done = subprocess.run(reducing, capture_output=True, text=True, check=True)
     assert done.stdout.count(" with PRIVATE;SKIPVIT_REDUCE_FLOAT") == len(kernels)
+
+
+def test_the_build_puts_the_library_where_the_package_looks_for_it(monkeypatch, tmp_path):
+    made = {}
+    monkeypatch.setattr(setuptools, "setup", made.update)
+    monkeypatch.setenv("SKIPVIT_BUILD_ASCEND", "1")
+    runpy.run_path(str(ROOT / "setup.py"))
+    extensions = made["ext_modules"]
+    build = made["cmdclass"]["build_ext"](setuptools.Distribution({"ext_modules": extensions}))
+    build.build_lib = str(tmp_path)
+    built = Path(build.get_ext_fullpath(extensions[-1].name))
+    assert built.relative_to(tmp_path) == npu.LIBRARY.relative_to(ROOT)
 
 
 def test_the_page_says_what_has_not_been_done():
