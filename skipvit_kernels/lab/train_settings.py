@@ -119,7 +119,7 @@ class Settings:
         if (self.out / LAST).exists() and not self.resume:
             raise ValueError(f"{self.out / LAST} is there: resume that, or take another out")
 
-    @property
+    @functools.cached_property  # asked for in every step
     def config(self) -> SkipConfig:
         """What the training is for."""
         config = SkipConfig.parse(self.skip, warmup_epochs=self.warmup_epochs)
