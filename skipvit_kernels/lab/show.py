@@ -122,10 +122,11 @@ def read_pictures(files: Iterable[Path], model: nn.Module) -> tuple[Tensor, Tens
     tensors = []
     for file in files:
         try:
-            with Image.open(file) as picture:
-                tensors.append(transform(picture.convert("RGB")))
-        except OSError as error:
+            with Image.open(file) as opened:
+                picture = opened.convert("RGB")
+        except Exception as error:  # PIL's decoders have a dozen kinds
             raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+        tensors.append(transform(picture))
     images = torch.stack(tensors)
     mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("mean", "std"))
     return images, (images * std + mean).clamp(0, 1)
@@ -137,7 +138,7 @@ def load(model: nn.Module, file: Path) -> None:
 
     try:
         load_checkpoint(model, str(file))
-    except (OSError, RuntimeError, KeyError) as error:
+    except Exception as error:  # torch's and safetensors' are of a dozen kinds too
         reason = " ".join(str(error).split())  # torch gives a line for each missing key
         raise ValueError(f"{file} cannot be loaded into the model: {reason:.300}") from error
 

@@ -102,6 +102,10 @@ def test_scores_are_drawn_by_rank():
 def test_what_cannot_be_shown_is_refused_in_one_line(photos, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes((photos / "b.png").read_bytes()[:200])
+    huge = tmp_path / "huge.bmp"  # which PIL's decoder refuses by an error that is no OSError
+    Image.new("RGB", (4, 4)).save(huge)
+    header = huge.read_bytes()
+    huge.write_bytes(header[:18] + 2 * (10**6).to_bytes(4, "little") + header[26:])
     other = tmp_path / "other.pth"
     torch.save({"weight": torch.ones(3)}, other)
     empty = tmp_path / "empty"
@@ -111,6 +115,8 @@ def test_what_cannot_be_shown_is_refused_in_one_line(photos, tmp_path, capsys):
         ([str(empty)], "pictures must be files or folders of them, got"),
         ([str(broken)], "broken.png cannot be read as a picture"),
         ([str(photos / "notes.txt")], "notes.txt cannot be read as a picture"),
+        ([str(huge)], "huge.bmp cannot be read as a picture: Image size (1000000000000 pixels)"),
+        ([str(photos), "--weights", str(huge)], "huge.bmp cannot be loaded into the model"),
         ([str(photos), "--weights", str(other)], "other.pth cannot be loaded into the model"),
         ([str(photos), "--weights", str(empty)], "empty cannot be loaded into the model"),
         ([str(photos), "--config", ":cls"], "config must drop patches somewhere, got ':cls'"),
