@@ -147,6 +147,8 @@ def load(model: nn.Module, file: Path) -> None:
     """Load a checkpoint of the model, or raise a ValueError that names it."""
     from timm.models import load_checkpoint
 
+    if not file.exists():
+        raise ValueError(f"weights must be checkpoints, got {file}, which is not there")
     try:
         load_checkpoint(model, str(file))
     except Exception as error:  # torch's and safetensors' are of a dozen kinds too

@@ -146,6 +146,11 @@ class Training:
         s = self.settings
         options = {"batch_size": s.batch_size, "seed": s.seed}
         train = train_data.open_split(s.data, s.dataset, s.train_split, training=True, **options)
+        # A folder of classes alone is fine, but not one of other splits, nor a split's wrong name.
+        named = s.train_split != "train" or (s.val_split and s.val_data is None)
+        folder = not s.dataset and Path(s.data, s.val_split).is_dir()
+        if named and folder and train_data.is_root(train, s.data):
+            raise ValueError(f"data must hold the split {s.train_split!r} too, got {s.data}")
         if not s.val_split:
             return train, None
         root = s.val_data or s.data

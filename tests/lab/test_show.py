@@ -157,6 +157,7 @@ def test_what_cannot_be_shown_is_refused_in_one_line(photos, tmp_path, capsys):
         ([str(broken)], "broken.png cannot be read as a picture"),
         ([str(photos / "notes.txt")], "notes.txt cannot be read as a picture"),
         ([str(huge)], "huge.bmp cannot be read as a picture: Image size (1000000000000 pixels)"),
+        ([str(photos), "--weights", "gone.pth"], "gone.pth, which is not there"),
         ([str(photos), "--weights", str(huge)], "huge.bmp cannot be loaded into the model"),
         ([str(photos), "--weights", str(other)], "other.pth cannot be loaded into the model"),
         ([str(photos), "--weights", str(empty)], "empty cannot be loaded into the model"),
