@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from equal_time import epoch_of
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
@@ -68,17 +69,6 @@ def minimal(settings: train.Settings, device: torch.device) -> Callable[[], None
     return epoch
 
 
-def trained(training: train.Training) -> Callable[[], None]:
-    """An epoch of `skipvit train`, as a call."""
-    progress = training._progress()
-
-    def epoch() -> None:
-        training._epoch(progress)
-        training.epoch, training.batch = training.epoch + 1, 0
-
-    return epoch
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="deit_tiny_patch16_224")
@@ -103,7 +93,7 @@ def main() -> int:
         device = training.accelerator.device
         calls = {
             MINIMAL: minimal(settings, device),
-            TRAIN: trained(training),
+            TRAIN: epoch_of(training),
             AGAIN: minimal(settings, device),
         }
         times = clock.Times([])

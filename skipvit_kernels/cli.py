@@ -142,6 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--weights", nargs="+", type=Path, default=(), metavar="FILE",
                       help="checkpoints of the model (default: random weights)")  # fmt: skip
     show.add_argument("--pretrained", action="store_true", help="timm's weights, downloaded")
+    show.add_argument("--model-args", nargs="+", type=_assignment, action="extend", default=[],
+                      metavar="NAME=VALUE",
+                      help="more options of timm's create_model: img_size")  # fmt: skip
     show.add_argument("--scores", action="store_true", help="also draw the scores that chose")
     show.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     show.add_argument("--out", type=Path, default=Path("skipped.png"), metavar="FILE",
@@ -303,6 +306,7 @@ def _show(args: argparse.Namespace) -> None:
 
     names = ("model", "weights", "pretrained", "scores", "device", "out")
     options = {name: getattr(args, name) for name in names}
+    options["model_args"] = dict(args.model_args)
     show.run(args.pictures, configs=args.configs or [presets.UNTRAINED], **options)
     print(f"written to {args.out}")
 

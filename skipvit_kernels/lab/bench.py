@@ -216,11 +216,12 @@ def measurement(
     )
 
 
-def build(job: Job, *, pretrained: bool = False) -> Any:
+def build(job: Job, *, pretrained: bool = False, **options: Any) -> Any:
     """The job's model, with weights from torch's generator at seed 0; or timm's, downloaded.
 
     Raises:
-        ValueError: where timm does not know it, or cannot build it at the image size.
+        ValueError: where timm does not know it, or cannot build it at the image size, or with the
+            further options of its create_model.
     """
     import timm
 
@@ -233,9 +234,12 @@ def build(job: Job, *, pretrained: bool = False) -> Any:
     torch.manual_seed(0)
     size: dict[str, Any] = {} if job.image_size is None else {"img_size": job.image_size}
     try:
-        model = timm.create_model(job.model, **size)
-    except TypeError as error:
-        raise ValueError(f"{job.model} cannot be built at {job.image_size} px: {error}") from error
+        model = timm.create_model(job.model, pretrained=pretrained, **size | options)
+    except Exception as error:  # models, and downloads, raise a dozen kinds
+        how = f"with {options}" if options else f"at {job.image_size or 'its own'} px"
+        raise ValueError(
+            f"{job.model} cannot be built {how}: {' '.join(str(error).split()):.300}"
+        ) from error
     return model.to(job.device).train(job.training)
 
 

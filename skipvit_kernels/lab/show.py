@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from skipvit_kernels.skipping.sequence import SkipRecord
 
 AT_ONCE = 16  # pictures in a forward
 INCHES = 2.0  # of a picture's side
+LEAST = 200  # pixels of it
 FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -38,6 +39,7 @@ def run(
     configs: Sequence[str],
     weights: Sequence[Path] = (),
     pretrained: bool = False,
+    model_args: Mapping[str, Any] | None = None,
     scores: bool = False,
     device: str = "cpu",
     out: Path,
@@ -54,6 +56,7 @@ def run(
         configs: in the notation of `SkipConfig`, with at least one drop each.
         weights: checkpoints of that model, patched or not; none: random weights.
         pretrained: timm's own weights instead, which it downloads.
+        model_args: further options of timm's create_model: classes, sizes, depths.
         scores: a column more for each, the scores that chose.
         device: "cpu" or "cuda".
         out: the picture to write; its suffix says the format, one of FORMATS.
@@ -70,8 +73,11 @@ def run(
     report.check_folder("out's folder", out.parent)
     files = find_pictures(paths)
     job = bench.Job(model, tuple(configs), len(files), training=False, device=device)
-    built = bench.build(job, pretrained=pretrained).eval()
-    images, shown = read_pictures(files, built)
+    options = dict(model_args or {})
+    built = bench.build(job, pretrained=pretrained, **options).eval()
+    images, shown = read_pictures(files, built, options.get("img_size"))
+    # Lines between regions are of a pixel, too thick for pictures of a few.
+    shown = nn.functional.interpolate(shown, scale_factor=-(-LEAST // min(shown.shape[2:])))
     columns = [Column("", shown)]
     stvit = isinstance(built, models.STViT)
     for config, file in itertools.product(("",) if stvit else configs, weights or (None,)):
@@ -82,7 +88,7 @@ def run(
         if stvit:
             owner = torch.cat([built.clusters(some.to(device)) for some in images.split(AT_ONCE)])
             title = "\n".join([*lines, f"{built.semantic_grid**2} semantic tokens"])
-            columns.append(Column(title, regions(shown, owner.cpu())))
+            columns.append(Column(title, tinted(shown, owner.cpu())))
             continue
         records = record(patch(built, config, warmup_epochs=0), images.to(device))
         unpatch(built)
@@ -113,19 +119,25 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
     return files
 
 
-def read_pictures(files: Iterable[Path], model: nn.Module) -> tuple[Tensor, Tensor]:
-    """(B, 3, H, W) as the model takes them, and the same crops in [0, 1], to be drawn."""
+def read_pictures(
+    files: Iterable[Path], model: nn.Module, img_size: Any = None
+) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) as the model takes them, and the same crops in [0, 1], to be drawn.
+
+    img_size: where the model was built for another than its own.
+    """
     from timm.data import create_transform, resolve_data_config
 
-    settings = resolve_data_config({}, model=model)
+    settings = resolve_data_config({"img_size": img_size} if img_size else {}, model=model)
     transform: Any = create_transform(**settings)
     tensors = []
     for file in files:
         try:
-            with Image.open(file) as picture:
-                tensors.append(transform(picture.convert("RGB")))
-        except OSError as error:
+            with Image.open(file) as opened:
+                picture = opened.convert("RGB")
+        except Exception as error:  # PIL's decoders have a dozen kinds
             raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+        tensors.append(transform(picture))
     images = torch.stack(tensors)
     mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("mean", "std"))
     return images, (images * std + mean).clamp(0, 1)
@@ -135,9 +147,11 @@ def load(model: nn.Module, file: Path) -> None:
     """Load a checkpoint of the model, or raise a ValueError that names it."""
     from timm.models import load_checkpoint
 
+    if not file.exists():
+        raise ValueError(f"weights must be checkpoints, got {file}, which is not there")
     try:
         load_checkpoint(model, str(file))
-    except (OSError, RuntimeError, KeyError) as error:
+    except Exception as error:  # torch's and safetensors' are of a dozen kinds too
         reason = " ".join(str(error).split())  # torch gives a line for each missing key
         raise ValueError(f"{file} cannot be loaded into the model: {reason:.300}") from error
 
@@ -166,13 +180,30 @@ def regions(pictures: Tensor, owner: Tensor) -> Tensor:
     colours = colours.flatten(2)
     where = owner[:, None].expand_as(colours)
     means = torch.zeros_like(colours).scatter_reduce(2, where, colours, "mean", include_self=False)
-    filled = _to_pixels(means.gather(2, where), pictures)
-    # A line where two neighbours went into different tokens.
+    return _lined(_to_pixels(means.gather(2, where), pictures), owner)
+
+
+def tinted(pictures: Tensor, owner: Tensor) -> Tensor:
+    """The pictures with the patches of each owner (B, N) under its colour, lines between.
+
+    An owner's patches need not touch each other, as those of a merge mostly do: their mean colour
+    would not tell that they are one.
+    """
+    from matplotlib.colors import hsv_to_rgb
+
+    hues = owner * 0.618 % 1  # golden: owners of close numbers, which are neighbours, differ
+    colours = hsv_to_rgb(torch.stack([hues, *2 * [torch.ones_like(hues)]], dim=2).numpy())
+    tint = _to_pixels(torch.from_numpy(colours).to(pictures).transpose(1, 2), pictures)
+    return _lined(torch.lerp(pictures, tint, 0.4), owner)
+
+
+def _lined(pictures: Tensor, owner: Tensor) -> Tensor:
+    """The pictures with a line where neighbours of the patches (B, N) have other owners."""
     owners = _to_pixels(owner[:, None].float(), pictures)
     edge = torch.zeros_like(owners, dtype=torch.bool)
     edge[..., 1:, :] |= owners[..., 1:, :] != owners[..., :-1, :]
     edge[..., :, 1:] |= owners[..., :, 1:] != owners[..., :, :-1]
-    return torch.where(edge, filled * 0.5 + 0.5, filled)
+    return torch.where(edge, pictures * 0.5 + 0.5, pictures)
 
 
 def heat_map(pictures: Tensor, scores: Tensor) -> Tensor:

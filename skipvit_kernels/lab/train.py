@@ -126,6 +126,7 @@ class Training:
         )  # fmt: skip
         self.ema = None if settings.ema is None else ModelEmaV3(model, decay=settings.ema)
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
+        self.unwrapped: Any = accelerator.unwrap_model(self.model)  # looks at every module
         loss = {"criterion_kwargs": {"soft_targets": self.mixup is not None, **settings.loss_args}}
         options = loss | {"device": accelerator.device, "verbose": False}
         self.task = (
@@ -145,6 +146,11 @@ class Training:
         s = self.settings
         options = {"batch_size": s.batch_size, "seed": s.seed}
         train = train_data.open_split(s.data, s.dataset, s.train_split, training=True, **options)
+        # A folder of classes alone is fine, but not one of other splits, nor a split's wrong name.
+        named = s.train_split != "train" or (s.val_split and s.val_data is None)
+        folder = not s.dataset and Path(s.data, s.val_split).is_dir()
+        if named and folder and train_data.is_root(train, s.data):
+            raise ValueError(f"data must hold the split {s.train_split!r} too, got {s.data}")
         if not s.val_split:
             return train, None
         root = s.val_data or s.data
@@ -169,10 +175,6 @@ class Training:
             "augment_args", train_data.make_loader, dataset, self.accelerator, seed=s.seed,
             num_workers=s.workers, batch_size=s.batch_size, is_training=training, **options,
         )  # fmt: skip
-
-    @property
-    def unwrapped(self) -> Any:
-        return self.accelerator.unwrap_model(self.model)
 
     def run(self) -> list[dict[str, Any]]:
         s, about = self.settings, machine.versions()
@@ -256,11 +258,14 @@ class Training:
             return
         config = self.settings.config_of(self.epoch)
         epoch = self.epoch + self.batch / len(self.loader)
+        running = config.at(epoch)
+        if (config, running) == (self.patched, self.running):
+            return  # as in most steps: `set_epoch` looks at every module
         for model in (self.unwrapped, *([self.ema.module] if self.ema else [])):
             if config != self.patched:
                 patch(unpatch(model), config)
             set_epoch(model, epoch)
-        self.patched, self.running = config, config.at(epoch)
+        self.patched, self.running = config, running
 
     def _seed(self, batch: int) -> None:
         """Before a forward: what it draws is of this batch alone."""

@@ -102,6 +102,14 @@ class Settings:
         at_least(1, **{name: getattr(self, name) for name in names})
         names = ("ramp_epochs", "finish_dense", "workers", "seed", "lr_warmup_epochs")
         at_least(0, **{name: getattr(self, name) for name in names})
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be a decay in [0, 1), got {self.ema}")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"clip_grad must be above 0, got {self.clip_grad}")
+        if self.fine_tune and not self.fine_tune.exists():
+            raise ValueError(
+                f"fine_tune must be a checkpoint, got {self.fine_tune}, which is not there"
+            )
         config = self.config
         spent = config.warmup_epochs + config.ramp_epochs + self.finish_dense
         if config.drop_at and spent > self.epochs:
@@ -119,7 +127,7 @@ class Settings:
         if (self.out / LAST).exists() and not self.resume:
             raise ValueError(f"{self.out / LAST} is there: resume that, or take another out")
 
-    @property
+    @functools.cached_property  # asked for in every step
     def config(self) -> SkipConfig:
         """What the training is for."""
         config = SkipConfig.parse(self.skip, warmup_epochs=self.warmup_epochs)

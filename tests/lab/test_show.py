@@ -92,6 +92,47 @@ def test_the_choice_under_several_checkpoints(photos, tmp_path, monkeypatch):
     assert not torch.equal(drawn[1].pictures, drawn[2].pictures)
 
 
+def test_owners_are_told_by_colour_wherever_they_lie_and_the_picture_is_seen_through():
+    pictures = torch.rand(1, 3, 8, 8)
+    owner = torch.tensor([[5, 2, 2, 5]])
+    seen = show.tinted(pictures, owner)
+    tint = ((seen - 0.6 * pictures) / 0.4)[0]
+    inside = [tint[:, 2, 2], tint[:, 2, 6], tint[:, 6, 2], tint[:, 6, 6]]
+    torch.testing.assert_close(inside[0], inside[3])
+    torch.testing.assert_close(inside[1], inside[2])
+    assert (inside[0] - inside[1]).abs().max() > 0.3
+    # A quarter's first row and column border on the other owner: half of the way to white.
+    torch.testing.assert_close(
+        seen[0, :, 4, 6], 0.5 + (0.6 * pictures[0, :, 4, 6] + 0.4 * inside[3]) / 2
+    )
+
+
+def test_a_model_of_another_shape_is_shown_with_small_pictures_enlarged(
+    photos, tmp_path, monkeypatch
+):
+    shape = {"num_classes": 3, "img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4}
+    model = timm.create_model("deit_tiny_patch16_224", **shape)
+    torch.save(model.state_dict(), tmp_path / "small.pth")
+    drawn, made = [], []
+    real, create = show.draw, timm.create_model
+    monkeypatch.setattr(show, "draw", lambda columns: drawn.extend(columns) or real(columns))
+    arguments = ["show", str(photos), "--config", "2(50%)+3", "--out", str(tmp_path / "out.png")]
+    files = ["--weights", str(tmp_path / "small.pth")]
+    sizes = ["--model-args", *(f"{name}={value}" for name, value in shape.items())]
+    assert cli.main([*arguments, *files, *sizes]) == 0
+    assert drawn[1].title == "layer 2: keeps 8 of 16"
+    images, shown = show.read_pictures(show.find_pictures([photos]), model, 32)
+    assert images.shape == (3, 3, 32, 32)
+    assert torch.equal(drawn[0].pictures, shown.repeat_interleave(7, 2).repeat_interleave(7, 3))
+
+    def spied(name, pretrained, **options):
+        made.append(pretrained)
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", spied)
+    assert cli.main([*arguments, *sizes, "--pretrained"]) == 0 and made == [True]
+
+
 def test_scores_are_drawn_by_rank():
     picture = torch.zeros(1, 3, 4, 4)
     heat = show.heat_map(picture, torch.tensor([[0.1, float("nan"), 9.0, 0.2]]))
@@ -102,6 +143,10 @@ def test_scores_are_drawn_by_rank():
 def test_what_cannot_be_shown_is_refused_in_one_line(photos, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes((photos / "b.png").read_bytes()[:200])
+    huge = tmp_path / "huge.bmp"  # which PIL's decoder refuses by an error that is no OSError
+    Image.new("RGB", (4, 4)).save(huge)
+    header = huge.read_bytes()
+    huge.write_bytes(header[:18] + 2 * (10**6).to_bytes(4, "little") + header[26:])
     other = tmp_path / "other.pth"
     torch.save({"weight": torch.ones(3)}, other)
     empty = tmp_path / "empty"
@@ -111,8 +156,12 @@ def test_what_cannot_be_shown_is_refused_in_one_line(photos, tmp_path, capsys):
         ([str(empty)], "pictures must be files or folders of them, got"),
         ([str(broken)], "broken.png cannot be read as a picture"),
         ([str(photos / "notes.txt")], "notes.txt cannot be read as a picture"),
+        ([str(huge)], "huge.bmp cannot be read as a picture: Image size (1000000000000 pixels)"),
+        ([str(photos), "--weights", "gone.pth"], "gone.pth, which is not there"),
+        ([str(photos), "--weights", str(huge)], "huge.bmp cannot be loaded into the model"),
         ([str(photos), "--weights", str(other)], "other.pth cannot be loaded into the model"),
         ([str(photos), "--weights", str(empty)], "empty cannot be loaded into the model"),
+        ([str(photos), "--model-args", "depht=2"], "cannot be built with {'depht': 2}"),
         ([str(photos), "--config", ":cls"], "config must drop patches somewhere, got ':cls'"),
         ([str(photos), "--model", "resnet18"], "model must be a timm"),
         ([str(photos), "--out", f"{broken}/out.png"], "out's folder must be"),
@@ -153,4 +202,4 @@ def test_semantic_tokens_of_stvit_are_drawn_as_regions(photos, tmp_path, monkeyp
         owner = sum(maps)[:, :, 16:].argmax(1)
     assert len(owner.unique()) > 4
     assert torch.equal(model.clusters(images), owner)
-    torch.testing.assert_close(drawn[1].pictures, show.regions(shown, owner))
+    torch.testing.assert_close(drawn[1].pictures, show.tinted(shown, owner))

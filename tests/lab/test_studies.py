@@ -1,6 +1,9 @@
 """The studies under benchmarks/ that need data: their parts that need none."""
 
+import argparse
 import dataclasses
+import functools
+import math
 import sys
 from pathlib import Path
 
@@ -9,9 +12,12 @@ import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import equal_time
+import fine_tune
 import frontier_settings
 import frontier_tome
 import results
+import systems_trained
 import table1
 import table1_cells
 import table1_page
@@ -100,3 +106,77 @@ def test_pictures_are_shifted_and_mirrored_by_whole_pixels():
             assert len(ways) == 1
             seen.add(ways[0])
     assert len(seen) > 20
+
+
+def test_whoever_is_faster_trains_for_as_many_more_epochs(tmp_path):
+    with pytest.raises(ValueError, match=r"speed.csv has no 'merging': measure with --speed"):
+        equal_time.epochs_as_long(tmp_path, "merging", 8)
+    results.append_csv(tmp_path / "speed.csv", ("name", "speedup"), ["merging", "1.32"])
+    assert equal_time.epochs_as_long(tmp_path, "merging", 8) == 11
+
+
+@pytest.mark.parametrize("name", ("EViT", "STViT"))
+def test_a_system_trains_and_its_epochs_are_timed(name, tmp_path, monkeypatch):
+    pictures = torch.randint(0, 256, (60, 1, 28, 28), dtype=torch.uint8)
+    monkeypatch.setattr(table1, "load", lambda *_: [pictures, torch.arange(60) % 10] * 2)
+    systems_trained.write_pictures(tmp_path, tmp_path, 60)
+    settings = systems_trained.settings_of(name, 1, 2, tmp_path, "out")
+    first, other = equal_time.speeds({"first": settings, name: settings}, 1)
+    assert first["speedup"] == 1 and 0.2 < other["speedup"] < 5
+    args = argparse.Namespace(out=tmp_path, epochs=2, pictures=60, threads=1)
+    cell = systems_trained.Cell(name, False, 1)
+    call = functools.partial(systems_trained.train_cell, args=args, folder=tmp_path, work=tmp_path)
+    row = dict(zip(systems_trained.COLUMNS, call(cell), strict=True))
+    assert (row["epochs"], row["pictures"]) == (2, 60)
+    assert math.isfinite(float(row["loss"])) and 0 <= float(row["top1"]) <= 1
+    # What is left of one that was ended does not shorten the next.
+    again = dict(zip(systems_trained.COLUMNS, call(cell), strict=True))
+    assert again | {"cpu_seconds": 0} == row | {"cpu_seconds": 0}
+
+
+def rows_of(cells, columns, **values):
+    """A row for each cell, whose top-1 rises by a point with each."""
+    for at, cell in enumerate(cells):
+        row = values | dataclasses.asdict(cell) | {"top1": 0.5 + at / 100}
+        yield [row[name] for name in columns]
+
+
+def test_the_pages_of_equal_time_have_changes_by_seed_and_name_what_is_missing(tmp_path):
+    values = {"epochs": 8, "cpu_seconds": 50, "loss": 1, "pictures": 100, "tested": 60}
+    cells = [
+        systems_trained.Cell(name, as_long, seed)
+        for seed in (0, 1)
+        for name, as_long in (("no skipping", False), ("STViT", False), ("STViT", True))
+    ]
+    for row in rows_of(cells, systems_trained.COLUMNS, **values):
+        results.append_csv(tmp_path / "cells.csv", systems_trained.COLUMNS, row)
+    assert list(systems_trained.finished(tmp_path / "cells.csv")) == cells
+    results.append_csv(tmp_path / "speed.csv", ("name", "speedup"), ["STViT", "1.5"])
+    systems_trained.write_page(tmp_path, "python study.py")
+    many, long = (tmp_path / "report.md").read_text().split("## For as long")
+    plain = "| `unpatched` | no skipping | 2 | 8 | 50 ± 0.00 | 51.50 ± 2.12 |  |"
+    stvit = "| `stvit_deit_tiny_patch16_224` | STViT | 2 | 8 | 50 ± 0.00 |"
+    assert plain in many and plain in long and "STViT x1.50" in long
+    assert f"{stvit} 52.50 ± 2.12 | +1.00 ± 0.00 |" in many
+    assert f"{stvit} 53.50 ± 2.12 | +2.00 ± 0.00 |" in long
+    missing = long[long.index("Not finished") :]
+    assert "STViT, seed 2; " in missing and "STViT, as long, seed 1" not in missing
+
+
+def test_the_page_of_fine_tuning_has_changes_by_seed_and_names_what_is_missing(tmp_path):
+    values = {"epochs": 8, "cpu_seconds": 50, "loss": 1, "pictures": 100, "tested": 60}
+    cells = [
+        fine_tune.Cell(name, seed) for seed in (0, 1) for name in ("without skipping", "fused")
+    ]
+    for row in rows_of(cells, fine_tune.COLUMNS, **values):
+        results.append_csv(tmp_path / "cells.csv", fine_tune.COLUMNS, row)
+    for name, speedup in (("without skipping", "1"), ("fused", "1.25"), ("merged", "1.3")):
+        columns = ("name", "speedup", "top1_before")
+        results.append_csv(tmp_path / "speed.csv", columns, [name, speedup, "0.25"])
+    fine_tune.write_page(tmp_path, "python study.py")
+    page = (tmp_path / "report.md").read_text()
+    fused = "fused | 2 | x1.25 | 8 | 50 ± 0.00 | 25.0 | 52.00 ± 1.41 | +1.00 ± 0.00 |"
+    assert fused in page and "| merged |" not in page
+    assert (
+        "merged, seed 0; " in page and "fused, seed 2; " in page and "fused, seed 1; " not in page
+    )
