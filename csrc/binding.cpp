@@ -292,11 +292,11 @@ Groups checked_groups(const View& owner, int64_t num_rows, bool every) {
   return groups;
 }
 
-View sizes_view(const char* name, const Tensor& sizes, int64_t batch, int64_t count) {
-  if (sizes.scalar_type() != ScalarType::Float) {
+View float32_view(const char* name, const Tensor& t, int64_t batch, int64_t count) {
+  if (t.scalar_type() != ScalarType::Float) {
     fail(name, " must be float32");
   }
-  return view_of(name, sizes, DType::kFloat32, {batch, count});
+  return view_of(name, t, DType::kFloat32, {batch, count});
 }
 
 // ------------------------------------------------------------------------------- operators
@@ -516,21 +516,44 @@ std::tuple<Tensor, Tensor, Tensor> scatter_back_backward(const Tensor& grad, con
   return {grad_x, grad_tokens, grad_update};
 }
 
-Tensor match_kept(const Tensor& features, const Tensor& index, int64_t num_prefix_tokens) {
-  View from;
+// Features (B, N, D) are features (B, 1, N, D).
+View features_view(const Tensor& features) {
   if (features.dim() == 4) {
-    from = float_view("features", features, {-1, -1, -1, -1});
-    if (from.size[1] == 0) {
+    const View view = float_view("features", features, {-1, -1, -1, -1});
+    if (view.size[1] == 0) {
       fail("features must have at least one head, got ", shape_of(features));
     }
-  } else {  // (B, N, D) is (B, 1, N, D)
-    from = float_view("features", features, {-1, -1, -1});
-    for (int64_t d = 3; d > 1; --d) {
-      from.size[d] = from.size[d - 1];
-      from.stride[d] = from.stride[d - 1];
-    }
-    from.size[1] = 1;
+    return view;
   }
+  View view = float_view("features", features, {-1, -1, -1});
+  for (int64_t d = 3; d > 1; --d) {
+    view.size[d] = view.size[d - 1];
+    view.stride[d] = view.stride[d - 1];
+  }
+  view.size[1] = 1;
+  return view;
+}
+
+Tensor match_higher(const Tensor& features, const Tensor& ranks, int64_t num_prefix_tokens) {
+  const View from = features_view(features);
+  const int64_t batch = from.size[0], num_tokens = from.size[2];
+  check_count("num_prefix_tokens", num_prefix_tokens, num_tokens);
+  const int64_t n = num_tokens - num_prefix_tokens;
+  const View rank = float32_view("ranks", ranks, batch, n);
+  if (n > INT32_MAX) {
+    fail("features must have less than 2**31 patches, got ", n);
+  }
+  Tensor out = empty({batch, n}, aoti_torch_dtype_float32());
+  float* result = static_cast<float*>(out.data_ptr());
+  // 32 multiplications take as long as moving 16 bytes; half of the others rank above a patch.
+  for_items(batch * n, n * from.size[3] / 4, [&](int64_t begin, int64_t end) {
+    kernels().match_higher(from, rank, num_prefix_tokens, result, begin, end);
+  });
+  return out;
+}
+
+Tensor match_kept(const Tensor& features, const Tensor& index, int64_t num_prefix_tokens) {
+  const View from = features_view(features);
   const int64_t batch = from.size[0], num_tokens = from.size[2];
   const View rows = index_view(index, batch);
   check_count("num_prefix_tokens", num_prefix_tokens, rows.size[1]);
@@ -556,7 +579,7 @@ std::tuple<Tensor, Tensor> merge_rows(const Tensor& x, const Tensor& owner, int6
   check_count("num_rows", num_rows, num_tokens);
   View size{};
   if (sizes) {
-    size = sizes_view("sizes", *sizes, batch, num_tokens);
+    size = float32_view("sizes", *sizes, batch, num_tokens);
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t n = 0; n < num_tokens; ++n) {
         const float s =
@@ -589,9 +612,9 @@ Tensor merge_rows_backward(const Tensor& grad, const Tensor& owner,
   const int64_t num_tokens = owners.size[1];
   View size{};
   if (sizes) {
-    size = sizes_view("sizes", *sizes, batch, num_tokens);
+    size = float32_view("sizes", *sizes, batch, num_tokens);
   }
-  const View merged = sizes_view("merged_sizes", merged_sizes, batch, num_rows);
+  const View merged = float32_view("merged_sizes", merged_sizes, batch, num_rows);
   raise_if_invalid(kernels().check_range(owners, num_rows), num_rows, "owner");
   Tensor grad_x = empty_like(grad, {batch, num_tokens, channels});
   const View out = output_view(grad_x, from);
@@ -649,6 +672,7 @@ STABLE_TORCH_LIBRARY_IMPL(skipvit, CPU, library) {
   library.impl("gather_rows_backward", TORCH_BOX(&gather_rows_backward));
   library.impl("scatter_back", TORCH_BOX(&scatter_back));
   library.impl("scatter_back_backward", TORCH_BOX(&scatter_back_backward));
+  library.impl("match_higher", TORCH_BOX(&match_higher));
   library.impl("match_kept", TORCH_BOX(&match_kept));
   library.impl("merge_rows", TORCH_BOX(&merge_rows));
   library.impl("merge_rows_backward", TORCH_BOX(&merge_rows_backward));

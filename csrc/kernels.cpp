@@ -26,6 +26,7 @@ const Kernels kernels = {
     fuse_backward,
     scatter_rows,
     scatter_back_backward,
+    match_higher,
     match_kept,
     group_rows,
     merge_rows,

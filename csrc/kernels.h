@@ -87,6 +87,12 @@ struct Kernels {
                                 const View& grad_tokens, const View* grad_update, int64_t blocks,
                                 int64_t begin, int64_t end);
 
+  // out (B, n): the largest cosine of a patch with one of higher rank, of features (B, H, P + n, D)
+  // averaged over H; minus infinity where there is none. ranks (B, n) float32. Items: the B*n
+  // patches, in each image by descending rank.
+  void (*match_higher)(const View& features, const View& ranks, int64_t num_prefix, float* out,
+                       int64_t begin, int64_t end);
+
   // owner (B, N): the r of a row that is index[b, r], of another row the r >= num_prefix with the
   // largest cosine of features (B, H, N, D), averaged over H. Items: the B*N rows.
   void (*match_kept)(const View& features, const View& index, const int32_t* inverse,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Patches that merge and come back: whom each is most like, the means of owners' rows, the rows
-// restored. Included once per instruction set, by kernels.cpp.
+// Patches that merge and come back: how much each is like another, whom most, the means of owners'
+// rows, the rows restored. Included once per instruction set, by kernels.cpp.
 #pragma once
 
 #include "rows-inl.h"
@@ -10,7 +10,7 @@ namespace skipvit {
 namespace SKIPVIT_ISA {
 namespace {
 
-// ---------------------------------------------------------------------------- match_kept
+// ---------------------------------------------------------------------- products with panels
 
 // Rows multiplied at a time with a panel of kept patches, two registers of them: the sums fill half
 // of the machine's registers. A sum runs over the channels one by one, whatever the panel.
@@ -55,10 +55,24 @@ SKIPVIT_FLATTEN inline const A* feature_row(const View& features, int64_t image,
   return out;
 }
 
-// panels[p][d][j] = channel d of the unit vector of kept patch first + p * kPanel + j.
-template <class T, class A>
-void make_panels(const View& features, const View& index, int64_t image, int64_t first,
-                 int64_t last, A* row, A* panels) {
+// What makes a vector one of length 1; nothing does a vector of zeros.
+template <class A>
+inline A to_unit(const A* row, int64_t width) {
+  const A norm = std::sqrt(dot(row, row, width));
+  return norm > 0 ? 1 / norm : 1;
+}
+
+// Panels of so many vectors that every row passes before the next ones are made.
+template <class A>
+inline int64_t vectors_at_a_time(int64_t width) {
+  const int64_t panel_bytes = (width + 1) * kPanel<A> * sizeof(A);
+  return (kPanelBytes / panel_bytes + 1) * kPanel<A>;
+}
+
+// panels[p][d][j] = channel d of the unit vector of token_of(first + p * kPanel + j).
+template <class T, class A, class TokenOf>
+void make_panels(const View& features, int64_t image, int64_t first, int64_t last, A* row,
+                 A* panels, TokenOf token_of) {
   const int64_t width = features.size[3];
   for (int64_t r = first; r < last; ++r) {
     const int64_t place = (r - first) % kPanel<A>;
@@ -66,11 +80,10 @@ void make_panels(const View& features, const View& index, int64_t image, int64_t
     if (place == 0) {  // the last panel may not be full
       std::memset(out, 0, kPanel<A> * width * sizeof(A));
     }
-    const A* kept = feature_row<T>(features, image, *at<int64_t>(index, image, r), row);
-    const A norm = std::sqrt(dot(kept, kept, width));
-    const A scale = norm > 0 ? 1 / norm : 1;
+    const A* from = feature_row<T>(features, image, token_of(r), row);
+    const A scale = to_unit(from, width);
     for (int64_t d = 0; d < width; ++d) {
-      out[d * kPanel<A>] = scale * kept[d];
+      out[d * kPanel<A>] = scale * from[d];
     }
   }
 }
@@ -157,10 +170,10 @@ inline auto sort_keys(typename Type<A>::Reg v) {
   return v != v ? KeyReg<Key>{} + kLargest : bits ^ ((bits >> (8 * sizeof(Key) - 1)) & kLargest);
 }
 
-// The best of the patches [first, last) for kMatchedRows rows.
+// The best of the vectors [first, ends[i]) for each of kMatchedRows rows; the ends ascend.
 template <class A, class Key>
 SKIPVIT_FLATTEN void match_rows(const A* const* rows, const A* panels, int64_t width, int64_t first,
-                                int64_t last, Candidates<Key> (&best)[kMatchedRows]) {
+                                const Key* ends, Candidates<Key> (&best)[kMatchedRows]) {
   using Keys = KeyReg<Key>;
   constexpr Key kLowest = static_cast<Key>(Key{1} << (8 * sizeof(Key) - 1));
   constexpr int64_t kLaneCount = kPanel<A> / 2;
@@ -172,13 +185,13 @@ SKIPVIT_FLATTEN void match_rows(const A* const* rows, const A* panels, int64_t w
   for (auto& row : lanes) {
     row = {Keys{} + kLowest, Keys{} + static_cast<Key>(first)};
   }
-  for (int64_t r = first; r < last; r += kPanel<A>) {
+  for (int64_t r = first; r < ends[kMatchedRows - 1]; r += kPanel<A>) {
     Two<typename Type<A>::Reg> sums[kMatchedRows];
     multiply_panel(rows, panels + (r - first) * width, width, sums);
     for (int64_t half = 0; half < 2; ++half) {
       const Keys place = lane + static_cast<Key>(r + half * kLaneCount);
-      const auto exists = place < Keys{} + static_cast<Key>(last);
       for (int64_t i = 0; i < kMatchedRows; ++i) {
+        const auto exists = place < Keys{} + ends[i];
         const Keys key = exists ? sort_keys<A>(sums[i].reg[half]) : Keys{} + kLowest;
         const auto better = key > lanes[i].key;  // places only ascend
         lanes[i].key = better ? key : lanes[i].key;
@@ -191,15 +204,100 @@ SKIPVIT_FLATTEN void match_rows(const A* const* rows, const A* panels, int64_t w
   }
 }
 
+// -------------------------------------------------------------------------- match_higher
+
+// The patches of an image by descending rank, the first of equal ones first, and how many rank
+// above each of them in that order. `keys` has place for n.
+template <class Key>
+void order_by_rank(const View& ranks, int64_t image, Key* keys, Key* order, Key* above) {
+  const int64_t n = ranks.size[1];
+  for (int64_t j = 0; j < n; ++j) {
+    keys[j] = sort_key(*at<float>(ranks, image, j));
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    Key higher = 0, before = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      higher += keys[j] > keys[i];
+    }
+    for (int64_t j = 0; j < i; ++j) {
+      before += keys[j] == keys[i];
+    }
+    order[higher + before] = static_cast<Key>(i);
+    above[higher + before] = higher;
+  }
+}
+
+template <class T, class A>
+void match_higher_of(const View& features, const View& ranks, int64_t num_prefix, float* out,
+                     int64_t begin, int64_t end) {
+  using Key = decltype(sort_key(A{}));
+  constexpr int64_t kSign = 8 * sizeof(Key) - 1;
+  constexpr Key kLowest = static_cast<Key>(Key{1} << kSign);
+  const int64_t n = ranks.size[1], width = features.size[3], step = vectors_at_a_time<A>(width);
+  A* own = accumulate_scratch.get<A>((kMatchedRows + step) * width);
+  A* panels = own + kMatchedRows * width;
+  Key* best_keys = key_scratch.get<Key>(3 * n);
+  Key *order = best_keys + n, *above = order + n;
+  for (int64_t item = begin, stop; item < end; item = stop) {
+    const int64_t image = item / n, start = image * n;
+    stop = start + n < end ? start + n : end;
+    order_by_rank(ranks, image, best_keys, order, above);
+    const auto token_of = [&](int64_t place) { return num_prefix + order[place]; };
+    for (int64_t i = item - start; i < stop - start; ++i) {
+      best_keys[i] = kLowest;
+    }
+    const int64_t most = above[stop - start - 1];
+    for (int64_t first = 0; first < most; first += step) {
+      const int64_t last = first + step < most ? first + step : most;
+      make_panels<T>(features, image, first, last, own, panels, token_of);
+      for (int64_t i = item - start; i < stop - start; i += kMatchedRows) {
+        const int64_t left = stop - start - i, count = left < kMatchedRows ? left : kMatchedRows;
+        if (above[i + count - 1] <= first) {
+          continue;
+        }
+        const A* rows[kMatchedRows];
+        Key ends[kMatchedRows];
+        for (int64_t j = 0; j < kMatchedRows; ++j) {
+          const int64_t place = i + (j < count ? j : count - 1);
+          rows[j] = j < count ? feature_row<T>(features, image, token_of(place), own + j * width)
+                              : rows[count - 1];
+          ends[j] = above[place] < last ? above[place] : static_cast<Key>(last);
+        }
+        Candidates<Key> best[kMatchedRows];
+        match_rows(rows, panels, width, first, ends, best);
+        for (int64_t j = 0; j < count; ++j) {
+          Key& so_far = best_keys[i + j];
+          so_far = best[j].key > so_far ? best[j].key : so_far;
+        }
+      }
+    }
+    for (int64_t i = item - start; i < stop - start; ++i) {
+      // The product that the key was made of; that of NaN has the bits of one.
+      const Key bits = best_keys[i] ^ ((best_keys[i] >> kSign) & ~kLowest);
+      const A* row = feature_row<T>(features, image, token_of(i), own);
+      const A cosine = bit_cast<A>(bits) * to_unit(row, width);
+      out[start + order[i]] = above[i] == 0 ? -INFINITY : static_cast<float>(cosine);
+    }
+  }
+}
+
+void match_higher(const View& features, const View& ranks, int64_t num_prefix, float* out,
+                  int64_t begin, int64_t end) {
+  by_dtype(features.dtype, [&](auto element) {
+    using A = typename Type<decltype(element)>::Sum;
+    match_higher_of<decltype(element), A>(features, ranks, num_prefix, out, begin, end);
+  });
+}
+
+// ---------------------------------------------------------------------------- match_kept
+
 template <class T, class A>
 void match_kept_of(const View& features, const View& index, const int32_t* inverse,
                    int64_t num_prefix, int64_t* owner, int64_t begin, int64_t end) {
   using Key = decltype(sort_key(A{}));
   constexpr Key kLowest = static_cast<Key>(Key{1} << (8 * sizeof(Key) - 1));
   const int64_t num_tokens = features.size[2], width = features.size[3];
-  const int64_t num_rows = index.size[1];
-  const int64_t panel_bytes = (width + 1) * kPanel<A> * sizeof(A);
-  const int64_t step = (kPanelBytes / panel_bytes + 1) * kPanel<A>;
+  const int64_t num_rows = index.size[1], step = vectors_at_a_time<A>(width);
   A* own = accumulate_scratch.get<A>((kMatchedRows + step) * width);
   A* panels = own + kMatchedRows * width;
   Key* keys = key_scratch.get<Key>(num_tokens);
@@ -214,7 +312,12 @@ void match_kept_of(const View& features, const View& index, const int32_t* inver
     }
     for (int64_t first = num_prefix; !all_kept && first < num_rows; first += step) {
       const int64_t last = first + step < num_rows ? first + step : num_rows;
-      make_panels<T>(features, index, image, first, last, own, panels);
+      make_panels<T>(features, image, first, last, own, panels,
+                     [&](int64_t r) { return *at<int64_t>(index, image, r); });
+      Key ends[kMatchedRows];
+      for (Key& to : ends) {
+        to = static_cast<Key>(last);
+      }
       for (int64_t i = item; i < stop;) {
         const A* rows[kMatchedRows];
         int64_t token[kMatchedRows], count = 0;
@@ -229,7 +332,7 @@ void match_kept_of(const View& features, const View& index, const int32_t* inver
           rows[j] = count > 0 ? rows[count - 1] : own;
         }
         Candidates<Key> best[kMatchedRows];
-        match_rows(rows, panels, width, first, last, best);
+        match_rows(rows, panels, width, first, ends, best);
         for (int64_t j = 0; j < count; ++j) {
           if (best[j].key > keys[token[j]]) {
             keys[token[j]] = best[j].key;

@@ -5,8 +5,8 @@
     sk.patch(model, "6(55%)+11", warmup_epochs=15)
 
 The operators `cls_scores`, `gather_topk`, `gather_topk_fuse`, `gather_rows`, `scatter_back`,
-`match_kept`, `merge_rows` and `restore_rows` need torch alone; `patch` and what goes with it need
-timm.
+`match_higher`, `match_kept`, `merge_rows` and `restore_rows` need torch alone; `patch` and what
+goes with it need timm.
 """
 
 import importlib
@@ -18,6 +18,7 @@ from skipvit_kernels.ops import (
     gather_rows,
     gather_topk,
     gather_topk_fuse,
+    match_higher,
     match_kept,
     merge_rows,
     restore_rows,
@@ -55,6 +56,7 @@ __all__ = [
     "is_patched",
     "keep_patches",
     "macs",
+    "match_higher",
     "match_kept",
     "merge_rows",
     "patch",

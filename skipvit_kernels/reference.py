@@ -141,7 +141,7 @@ def match_kept(features: Tensor, index: Tensor, *, num_prefix_tokens: int = 1) -
     if features.dim() == 4:
         features = _mean_over_heads(features)
     places = torch.arange(index.shape[1], device=index.device).expand_as(index)
-    largest = torch.full_like(features[..., 0], -torch.inf)
+    largest = features.new_full(features.shape[:-1], -torch.inf)
     owner = torch.full_like(largest, num_prefix_tokens, dtype=torch.int64)
     # A row's own norm does not change which cosine is its largest. One kept patch at a time, not as
     # a matrix product: that sums in another order at its edges, and equal rows would not tie.
@@ -153,6 +153,22 @@ def match_kept(features: Tensor, index: Tensor, *, num_prefix_tokens: int = 1) -
         owner = owner.masked_fill(larger, place)
         largest = torch.where(larger, cosine, largest)
     return owner.scatter(1, index, places)
+
+
+def match_higher(features: Tensor, ranks: Tensor, *, num_prefix_tokens: int = 1) -> Tensor:
+    features = features[..., num_prefix_tokens:, :].to(_accumulation_dtype(features))
+    if features.dim() == 4:
+        features = _mean_over_heads(features)
+    norm = features.square().sum(-1, keepdim=True).sqrt()
+    unit = torch.where(norm > 0, features / norm, features)
+    largest = features.new_full(features.shape[:-1], -torch.inf)
+    for patch in range(ranks.shape[1]):
+        rank = ranks[:, patch, None]
+        higher = (rank > ranks) | (rank.isnan() & ~ranks.isnan())
+        cosine = (unit * unit[:, patch, None]).sum(-1)
+        # `maximum` keeps NaN.
+        largest = torch.where(higher, torch.maximum(cosine, largest), largest)
+    return largest.float().contiguous()
 
 
 def _sum_by_owner(values: Tensor, owner: Tensor, num_rows: int) -> Tensor:

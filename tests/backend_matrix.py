@@ -20,6 +20,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 MERGING = frozenset(name for name, group in ops.OPERATORS.items() if group == "merge")
+COMPARING = frozenset({"match_higher", "match_kept"})  # the others of MERGING take owners
 
 # (backend, operator) -> how often the suite took its launcher, for the summary at the end.
 launches: collections.Counter[tuple[str, str]] = collections.Counter()

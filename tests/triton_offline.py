@@ -258,6 +258,8 @@ def run_all(shape: Shape) -> None:
     kernels.scatter_back_backward(x, index, False)
     kernels.scatter_back_backward(x, index, True)
     owner, num_rows = x.new_empty(x.shape[:2], dtype=torch.int64), num_keep + 1
+    kernels.match_higher(x, scores)
+    kernels.match_higher(k, scores)
     kernels.match_kept(x, index)
     kernels.match_kept(k, index)
     _, sizes = kernels.merge_rows(x, owner, num_rows)

@@ -9,7 +9,7 @@ may be added up in another order in another layout, within the rounding of a flo
 """
 
 from skipvit_kernels.ops.library import LIBRARY, OPERATORS
-from skipvit_kernels.ops.merge import match_kept, merge_rows, restore_rows
+from skipvit_kernels.ops.merge import match_higher, match_kept, merge_rows, restore_rows
 from skipvit_kernels.ops.rows import gather_rows, scatter_back
 from skipvit_kernels.ops.scores import cls_scores
 from skipvit_kernels.ops.topk import gather_topk, gather_topk_fuse
@@ -21,6 +21,7 @@ __all__ = [
     "gather_rows",
     "gather_topk",
     "gather_topk_fuse",
+    "match_higher",
     "match_kept",
     "merge_rows",
     "restore_rows",

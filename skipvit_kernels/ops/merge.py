@@ -1,4 +1,4 @@
-"""Patches that merge and come back: match_kept, merge_rows and restore_rows."""
+"""Patches that merge and come back: match_higher, match_kept, merge_rows and restore_rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,65 @@ from torch.autograd.function import once_differentiable
 from skipvit_kernels import reference
 from skipvit_kernels.ops import checks
 from skipvit_kernels.ops.library import operator, wants_grad
+
+# -------------------------------------------------------------------------- match_higher
+
+
+def _match_higher_fake(features: Tensor, ranks: Tensor, *, num_prefix_tokens: int = 1) -> Tensor:
+    return ranks.new_empty(ranks.shape)
+
+
+def _match_higher_graph(features: Tensor, ranks: Tensor, *, num_prefix_tokens: int = 1) -> Tensor:
+    """All cosines in one product."""
+    if ranks.shape[1] == 0:
+        return ranks.new_empty(ranks.shape)
+    features = features[..., num_prefix_tokens:, :]
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    if features.dim() == 4:
+        features = reference.head_mean(features)
+    norm = features.square().sum(-1, keepdim=True).sqrt()
+    unit = torch.where(norm > 0, features / norm, features)
+    mine, other = ranks[:, :, None], ranks[:, None]
+    higher = (other > mine) | (other.isnan() & ~mine.isnan())
+    cosine = unit @ unit.transpose(1, 2)
+    return torch.where(higher, cosine, -torch.inf).amax(-1).float()
+
+
+_match_higher = operator(
+    "match_higher(Tensor features, Tensor ranks, *, int num_prefix_tokens=1) -> Tensor",
+    reference.match_higher,
+    _match_higher_fake,
+    graph=_match_higher_graph,
+)
+
+
+def match_higher(features: Tensor, ranks: Tensor, *, num_prefix_tokens: int = 1) -> Tensor:
+    """How much each patch looks like one that ranks above it: what those would say without it.
+
+    Args:
+        features: (B, N, D) what is compared, tokens or keys, or (B, H, N, D) and then averaged over
+            the heads in float32; float32, float16, bfloat16 or float64, any strides.
+        ranks: (B, n) float32, any strides. NaN ranks above every number; equal ones do not rank
+            above each other.
+        num_prefix_tokens: P = N - n, the leading tokens that are no patches.
+
+    Returns:
+        (B, n) float32: the largest cosine of a patch with one of higher rank, computed in float32
+        (float64 features: in float64); minus infinity where none ranks above it. NaN counts as the
+        largest. A row of zeros has cosine 0. No gradient.
+
+    Raises:
+        ValueError: on a wrong shape, device or count. TypeError: on a wrong dtype.
+    """
+    checks.features(features)
+    checks.float32("ranks", ranks)
+    checks.same_device("ranks", ranks, "features", features)
+    batch, num_tokens = features.shape[0], features.shape[-2]
+    checks.count("num_prefix_tokens", num_prefix_tokens, num_tokens)
+    checks.shape("ranks", ranks, batch, num_tokens - num_prefix_tokens)
+    features, ranks = (t.detach() if t.requires_grad else t for t in (features, ranks))
+    return _match_higher(features, ranks, num_prefix_tokens=num_prefix_tokens)
+
 
 # ---------------------------------------------------------------------------- match_kept
 

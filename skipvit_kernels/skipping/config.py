@@ -82,8 +82,9 @@ class SkipConfig:
             mean of the patches' queries, by its; "latent": the query of a head that pools by one;
             "norm": the norms of their keys; "similar": minus the largest cosine with a patch of odd
             position, which itself stays (at most half may leave); "marginal": CLS, less for a patch
-            like another that it looks at more; "random": chance, from torch's generator, for
-            control. None: what suits the model, CLS where it has one.
+            like another that it looks at more, more for one that stands for several; "random":
+            chance, from torch's generator, for control. None: what suits the model, CLS where it
+            has one.
         match: for method "merge", and for the scorers "similar" and "marginal", by what two patches
             are alike: their "tokens" after the attention, or their "keys" in it, those of all heads
             in a row: their mean, as ToMe has it, changes the logits of DeiT-tiny more (a KL

@@ -61,6 +61,7 @@ class Drop:
             alike,
             num_keep,
             prefix,
+            sizes=context.sizes,
             trained=self.method.weighs,
             head=self.head,
         )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skipvit_kernels.ops import match_higher
 from skipvit_kernels.ops.scores import cls_scores, trained_cls_scores
 from skipvit_kernels.skipping.families import Attended, Family
 
@@ -21,6 +22,7 @@ def score(
     num_keep: int,
     num_prefix_tokens: int,
     *,
+    sizes: Tensor | None = None,
     trained: bool = False,
     head: tuple[Any, Any] | None = None,
 ) -> Tensor:
@@ -34,14 +36,16 @@ def score(
             latent query would, if it pooled here; "norm": the norms of the keys; "similar": minus
             the largest cosine with a patch of odd position, and those themselves stay, as in ToMe's
             bipartite matching (2210.09461, section 3.2); "marginal": what CLS looks at and no other
-            patch says already, as maximal marginal relevance (Carbonell and Goldstein 1998): 0.05
-            times the log of its attention, minus the largest cosine with a patch that it looks at
-            more; "random": from torch's generator, as dropout draws.
+            patch says already, in the spirit of maximal marginal relevance (Carbonell and
+            Goldstein 1998): the root of its attention times the patch's size, times 1 - the largest
+            cosine with a patch that CLS looks at more; "random": from torch's generator, as dropout
+            draws.
         family: says which query a name stands for.
         attended: of the block that drops.
         alike: (B, N, C) by what patches are alike.
         num_keep: K, the patches that will stay.
         num_prefix_tokens: P, the leading tokens that are no patches.
+        sizes: (B, N) float32, the patches that each token stands for; None: one each.
         trained: whether q and k get a gradient through the scores.
         head: the model's final norm and the pool behind it, for "latent".
 
@@ -59,7 +63,7 @@ def score(
     elif scorer == "norm":
         scores = k[:, :, prefix:].float().norm(dim=-1)
     elif scorer == "similar":
-        scores = _redundancy(alike.detach(), num_keep, prefix)
+        scores = _redundancy(alike, num_keep, prefix)
     else:
         looks = "cls" if scorer == "marginal" else scorer
         q, k, scale, bias = family.look(looks, attended, prefix, head)
@@ -76,7 +80,7 @@ def score(
             maps = [operator(*half) for half in zip(q.chunk(2, 1), k.chunk(2, 1), strict=True)]
             scores = maps[0] - attended.contrast * maps[1]
         if scorer == "marginal":
-            scores = _marginal(scores, alike.detach())
+            scores = _marginal(scores, alike, prefix, sizes)
     if attended.valid is not None:
         padding = ~attended.valid[:, prefix:]
         scores = scores.masked_fill(padding if scores.dim() == 2 else padding[:, None], -torch.inf)
@@ -85,28 +89,24 @@ def score(
 
 def _redundancy(alike: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
     """(B, n): minus the largest cosine with a patch of odd position; infinite for those."""
-    alike = F.normalize(alike[:, num_prefix_tokens:].float(), dim=-1)
-    num_patches = alike.shape[1]
+    num_patches = alike.shape[1] - num_prefix_tokens
     if num_keep < num_patches // 2:
         raise ValueError(
             f'scorer "similar" keeps the {num_patches // 2} patches of odd position of '
             f"{num_patches}, got num_keep={num_keep}"
         )
-    even, odd = alike[:, ::2], alike[:, 1::2]
-    if num_patches < 2:
-        return even.new_zeros(even.shape[:2])
-    scores = -(even @ odd.transpose(1, 2)).amax(dim=2)
-    both = torch.stack([scores, torch.full_like(scores, torch.inf)], dim=2)
-    return both.flatten(1)[:, :num_patches]
+    odd = (torch.arange(num_patches, device=alike.device) % 2).float().expand(alike.shape[0], -1)
+    return -match_higher(alike, odd, num_prefix_tokens=num_prefix_tokens)
 
 
-def _marginal(attention: Tensor, alike: Tensor) -> Tensor:
+def _marginal(
+    attention: Tensor, alike: Tensor, num_prefix_tokens: int, sizes: Tensor | None
+) -> Tensor:
     """(B, n) from what CLS pays to each patch: less for those like one that it looks at more."""
-    num_patches = attention.shape[1]
-    if num_patches == 0:
-        return attention
-    alike = F.normalize(alike[:, -num_patches:].float(), dim=-1)
-    more = attention[:, None] > attention[:, :, None]
-    cosine = (alike @ alike.transpose(1, 2)).masked_fill(~more, -1).amax(dim=2)
-    # Differential attention may be negative.
-    return 0.05 * attention.clamp(min=1e-30).log() - cosine
+    other = match_higher(alike, attention, num_prefix_tokens=num_prefix_tokens)
+    # Differential attention may be negative, and rounding puts a cosine above 1. What CLS looks at
+    # most is like none that it looks at more: infinite.
+    weight = attention.clamp(min=0)
+    if sizes is not None:
+        weight = weight * sizes[:, num_prefix_tokens:]
+    return weight.sqrt() * (1 - other).clamp(min=0)

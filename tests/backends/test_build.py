@@ -126,6 +126,10 @@ for dtype, special in [
         "gather_rows_backward": [cpu.gather_rows_backward(tokens, index, 198)],
         "scatter_back": [cpu.scatter_back(x, -tokens, index, update=update)],
         "scatter_back_backward": cpu.scatter_back_backward(x, index, True),
+        "match_higher": [
+            cpu.match_higher(x, scores[:, 0].float(), num_prefix_tokens=2),
+            cpu.match_higher(k, scores[:, 0].float(), num_prefix_tokens=2),
+        ],
         "match_kept": [owner, cpu.match_kept(k, index, num_prefix_tokens=2)],
         "merge_rows": [merged, merged_sizes],
         "merge_rows_backward": [cpu.merge_rows_backward(tokens, owner, sizes, merged_sizes)],

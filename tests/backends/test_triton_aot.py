@@ -171,6 +171,7 @@ CALLS = {
     "gather_rows_backward": (lambda i: kernels.gather_rows_backward(i[4], i[3], i[0].shape[1]), 1),
     "scatter_back": (lambda i: kernels.scatter_back(i[0], i[4], i[3]), 1),
     "scatter_back_backward": (lambda i: kernels.scatter_back_backward(i[0], i[3], True), 1),
+    "match_higher": (lambda i: kernels.match_higher(i[6], i[1]), 1),
     "match_kept": (lambda i: kernels.match_kept(i[6], i[3]), 1),
     "merge_rows": (lambda i: kernels.merge_rows(i[0], owner_of(i[0]), 90), 2),
     "restore_rows": (lambda i: kernels.restore_rows(i[0], i[4], i[4], owner_of(i[0])), 1),

@@ -58,6 +58,7 @@ def test_opcheck():
         "gather_rows_backward": (tokens, index, 17),
         "scatter_back": (x, tokens, index),
         "scatter_back_backward": (x, index, True),
+        "match_higher": (x, scores.float()),
         "match_kept": (x, index),
         "merge_rows": (x, owner, 6),
         "merge_rows_backward": (tokens, owner, None, torch.ones(2, 6, device="cuda")),

@@ -283,6 +283,7 @@ class TestDispatched:
             "gather_rows_backward": (tokens, index, 9),
             "scatter_back": (x, tokens, index),
             "scatter_back_backward": (x, index, True),
+            "match_higher": (x, scores),
             "match_kept": (x, index),
             "merge_rows": (x, owner, 4),
             "merge_rows_backward": (tokens, owner, sizes, torch.ones(2, 4)),

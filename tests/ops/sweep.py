@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from backend_matrix import BACKENDS, INTERPRETING, MERGING, Backend, launches, ulp
-from test_operators import ADVERSE, check_cls_scores, check_match, same_bits
+from backend_matrix import BACKENDS, COMPARING, INTERPRETING, MERGING, Backend, launches, ulp
+from test_operators import ADVERSE, check_cls_scores, check_higher, check_match, same_bits
 from torch import Tensor
 
 import skipvit_kernels
@@ -246,6 +246,11 @@ class Case:
         elif cell.rows == "repeated":
             owner = owner.clamp(min=min(1, num_rows - 1))
         return self.lay(owner), num_rows, columns
+
+    def ranks(self, *shape: int) -> Tensor:
+        """Of eight values, so that many are equal, and NaN."""
+        values = (self.rand(*shape) * 8).floor()
+        return self.lay(values.masked_fill(values == 7, torch.nan)).detach()
 
     def sizes(self, *shape: int) -> Tensor:
         """Exact in float32 for as many as there are: their order makes no difference."""
@@ -521,6 +526,22 @@ def scatter_gradients(case: Case, got: tuple[Tensor, ...], grad: Tensor, index: 
         sums(got[2], want.double(), 1, accumulation(grad))
 
 
+def check_match_higher(case: Case) -> None:
+    cell = case.cell
+    heads = (cell.H,) if cell.H else ()
+    features = case.floats(cell.B, *heads, case.num_tokens, cell.C)
+    ranks = case.ranks(cell.B, cell.n)
+    got = case.call(features, ranks, num_prefix_tokens=cell.P)
+    if got is None:
+        return
+    (cosines,), features = got, features.detach()
+    assert cosines.dtype == torch.float32 and cosines.shape == (cell.B, cell.n)
+    mean = features.double().mean(1) if heads else features.double()
+    # What has squares that vanish in float32 has no direction.
+    plain = (mean.isfinite().all(-1) & ~(mean.norm(dim=-1) < 1e-15)).all(-1)
+    check_higher(cosines[plain], features[plain], ranks[plain], cell.P)
+
+
 def check_match_kept(case: Case) -> None:
     cell = case.cell
     heads = (cell.H,) if cell.H else ()
@@ -651,6 +672,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "scatter_back_backward+update": functools.partial(
         check_scatter_back_backward, with_update=True
     ),
+    "match_higher": check_match_higher,
     "match_kept": check_match_kept,
     "merge_rows": check_merge_rows,
     "merge_rows+sizes": functools.partial(check_merge_rows, with_sizes=True),
@@ -671,11 +693,11 @@ def takes_scores(operator: str) -> bool:
 
 
 def takes_index(operator: str) -> bool:
-    return operator not in ("cls_scores", "gather_topk", "gather_topk_fuse")
+    return operator not in ("cls_scores", "gather_topk", "gather_topk_fuse", "match_higher")
 
 
 def takes_owner(operator: str) -> bool:
-    return base(operator) in MERGING - {"match_kept"}
+    return base(operator) in MERGING - COMPARING
 
 
 def refuses_repeated(cell: Cell) -> bool:
@@ -727,6 +749,9 @@ def check_arguments(case: Case) -> None:
         "gather_topk_fuse_backward": {"grad": rows, "x": x, "scores": scores, "index": index},
         "gather_rows_backward": {"grad": rows[:, 1:], "index": index, "num_tokens": num_tokens},
         "scatter_back_backward": {"grad": x, "index": index, "has_update": rng.random() < 0.5},
+        "match_higher": {
+            "features": x, "ranks": torch.rand(batch, patches), "num_prefix_tokens": prefix,
+        },
         "match_kept": {"features": x, "index": index, "num_prefix_tokens": prefix},
         "merge_rows": {"x": x, "owner": owner, "num_rows": prefix + keep, "sizes": sizes},
         "restore_rows": {"x": x, "before": rows[:, 1:], "after": rows[:, 1:], "owner": owner},
@@ -817,8 +842,11 @@ def shapes(backend: Backend) -> Iterator[Cell]:
     for operator, dtype, batch, prefix, n in grid:
         # Channels that the backend does not have must be refused: of these, 1 and 3.
         channels = sorted({0, 1, 3, backend.channels(1, dtype), 64})
-        keeps = sorted({0, 1, n // 2, n} & set(range(n + 1))) if operator != "cls_scores" else (0,)
-        heads = {"cls_scores": (1, 3), "match_kept": (0, 3)}.get(operator, (0,))
+        keeps = sorted({0, 1, n // 2, n} & set(range(n + 1)))
+        keeps = keeps if takes_index(operator) or takes_scores(operator) else (0,)
+        heads = {"cls_scores": (1, 3), "match_higher": (0, 3), "match_kept": (0, 3)}.get(
+            operator, (0,)
+        )
         heads = (0, 1, 3) if takes_scores(operator) else heads
         for c, k, h in itertools.product(channels, keeps, heads):
             cell = Cell(operator, dtype_name(dtype), B=batch, P=prefix, n=n, C=c, K=k, H=h)

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from backend_matrix import ALL_DTYPES, BACKENDS, INTERPRETING, MERGING, ulp
+from backend_matrix import ALL_DTYPES, BACKENDS, COMPARING, INTERPRETING, MERGING, ulp
 
 from skipvit_kernels import reference
 
@@ -492,7 +492,7 @@ def test_cls_scores_of_nan_are_nan_for_that_image_only(backend):
     assert bool(got[0].isfinite().all()) and bool(got[1].isnan().all())
 
 
-# --------------------------------------------------------------------------- match_kept
+# ------------------------------------------------------------- match_higher and match_kept
 
 
 def short_enough(backend, size):
@@ -500,6 +500,85 @@ def short_enough(backend, size):
     if backend.name == "triton" and INTERPRETING and (size[1] > 256 or size[3] > 100):
         pytest.skip("too long for Triton's interpreter")
     return size
+
+
+def check_higher(got, features, ranks, prefix):
+    """The largest cosine with a patch of higher rank.
+
+    Computed in float32, a cosine of D channels over H heads is wrong by (D + H + 8) * eps at most.
+    """
+    assert got.dtype == torch.float32 and got.is_contiguous() and got.shape == ranks.shape
+    heads = 1
+    exact = features[..., prefix:, :].double()
+    if features.dim() == 4:
+        heads, exact = features.shape[1], exact.mean(1)
+    norms = exact.norm(dim=-1, keepdim=True)
+    unit = exact / norms.where(norms > 0, 1)
+    mine, other = ranks[:, :, None], ranks[:, None]
+    higher = (other > mine) | (other.isnan() & ~mine.isnan())
+    cosines = (unit @ unit.transpose(1, 2)).where(higher, -math.inf)
+    want = cosines.amax(-1) if ranks.shape[1] else ranks.double()
+    # Of one patch in float64, the result is rounded to float32.
+    atol = (features.shape[-1] + heads + 8) * ulp(torch.float32)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("heads", [None, 1, 3])
+def test_match_higher(backend, dtype, size, heads):
+    launch = backend.launcher("match_higher")
+    x, scores, _, prefix = make(backend, short_enough(backend, size), dtype)
+    ranks = reference.head_mean(scores).float()
+    features = x if heads is None else torch.stack([x.roll(h, 1) for h in range(heads)], 1)
+    check_higher(launch(features, ranks, num_prefix_tokens=prefix), features, ranks, prefix)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_match_higher_reads_any_layout(backend, dtype, layout):
+    launch = backend.launcher("match_higher")
+    features = torch.randn(3, 2, 41, 24).to(backend.device, dtype)
+    ranks = torch.rand(3, 39).mul(9).round().to(backend.device)  # many are equal
+    want = launch(features, ranks, num_prefix_tokens=2)
+    check_higher(want, features, ranks, 2)
+    for view in (ranks, strided(ranks, "offset"), strided(ranks, "transposed")):
+        same_bits(launch(strided(features, layout), view, num_prefix_tokens=2), want)
+    same_bits(
+        launch(strided(features[:, 1], layout), ranks, num_prefix_tokens=2),
+        launch(features[:, 1].contiguous(), ranks, num_prefix_tokens=2),
+    )
+
+
+@pytest.mark.parametrize("channels", [3, 64, 1000])
+def test_match_higher_of_long_sequences_and_two_kinds_of_rank(backend, channels):
+    """Every second ranks above all others: those are like none, the others like one of them.
+
+    Of 1000 channels the CPU takes them in two parts, by what its cache holds.
+    """
+    short_enough(backend, (2, 200, 1, channels // 2, 0))
+    launch = backend.launcher("match_higher")
+    features = torch.randn(2, 201, channels, device=backend.device)
+    ranks = (torch.arange(200, device=backend.device) % 2).float().expand(2, -1)
+    got = launch(features, ranks, num_prefix_tokens=1)
+    check_higher(got, features, ranks, 1)
+    assert bool((got[:, 1::2] == -math.inf).all()) and bool(got[:, ::2].isfinite().all())
+
+
+def test_ranks_and_features_of_every_kind(backend):
+    launch = backend.launcher("match_higher")
+    features = torch.randn(1, 9, 6, device=backend.device)
+    ranks = torch.tensor([[0.0, -0.0, math.inf, math.nan, -math.inf, 1.0, math.nan, 1.0]])
+    ranks = ranks.to(backend.device)
+    usual = launch(features, ranks, num_prefix_tokens=1)
+    check_higher(usual, features, ranks, 1)
+    assert (usual[0] == -math.inf).tolist() == [False] * 3 + [True] + [False] * 2 + [True, False]
+    without = features.clone()
+    without[:, 1 + 3] = without[:, 1 + 6] = 0.0  # those that rank highest are like nobody
+    check_higher(launch(without, ranks, num_prefix_tokens=1), without, ranks, 1)
+    without[:, 1 + 5] = math.nan  # like everybody below it, itself like those above it
+    got = launch(without, ranks, num_prefix_tokens=1)[0]
+    assert got.isnan().tolist() == [True, True, False, False, True, True, False, False]
+    equal = torch.zeros_like(ranks)
+    assert bool((launch(features, equal, num_prefix_tokens=1) == -math.inf).all())
 
 
 def check_match(got, features, index, prefix):
@@ -695,7 +774,7 @@ def test_rows_alone_keep_every_bit(backend):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_merging_reads_any_layout(backend, dtype, layout):
-    launch = {name: backend.launcher(name) for name in sorted(MERGING - {"match_kept"})}
+    launch = {name: backend.launcher(name) for name in sorted(MERGING - COMPARING)}
     x, owner, num_rows, sizes = merging(backend, (3, 37, 2, 24, 17), dtype)
     before, after = torch.randn(2, 3, num_rows, 24).to(x).unbind()
 

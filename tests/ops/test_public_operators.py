@@ -111,6 +111,8 @@ def test_features_and_sizes_have_no_gradient():
     x, features = torch.randn(2, 2, 9, 5, requires_grad=True).unbind()
     sizes = torch.ones(2, 9, requires_grad=True)
     index = torch.tensor([[0, 3, 4], [0, 1, 8]])
+    ranks = torch.rand(2, 8, requires_grad=True)
+    assert not sk.match_higher(features, ranks).requires_grad
     owner = sk.match_kept(features, index)
     tokens, merged_sizes = sk.merge_rows(x, owner, 3, sizes=sizes)
     assert not owner.requires_grad and not merged_sizes.requires_grad
@@ -179,6 +181,10 @@ def _samples(dtype=torch.float32):
         ],
         "scatter_back": [((x, rows, index), {}), ((permuted, rows, index), dict(update=update))],
         "scatter_back_backward": [((x, index, False), {}), ((permuted, index, True), {})],
+        "match_higher": [
+            ((x, scores.float()), {}),
+            ((x[:, None].expand(-1, 3, -1, -1), scores.t().contiguous().t()[:, 1:]), two),
+        ],
         "match_kept": [((x, index), {}), ((x[:, None].expand(-1, 3, -1, -1), index), two)],
         "merge_rows": [((x, owner, 4), {}), ((permuted, owner, 4), dict(sizes=sizes))],
         "merge_rows_backward": [
@@ -208,7 +214,7 @@ def route_there_and_back(x, q, k, num_keep):
     tokens = tokens * 2 + fused[:, -1:]
     update = (tokens - sk.gather_rows(x, index)).mean(1)
     x = sk.scatter_back(x, tokens, index, update=update)
-    owner = sk.match_kept(k, index)
+    owner = sk.match_kept(k, sk.gather_topk(k[:, 0], -sk.match_higher(k, scores), num_keep)[1])
     merged, sizes = sk.merge_rows(x, owner, index.shape[1])
     return sk.restore_rows(x, merged, merged * sizes[..., None], owner)
 
@@ -432,7 +438,36 @@ BAD = [
         ValueError,
         "index must hold each row of an image once, got 0 twice in image 0",
     ),
-    # match_kept, merge_rows and restore_rows
+    # match_higher, match_kept, merge_rows and restore_rows
+    (
+        sk.match_higher,
+        (X, torch.rand(2, 197)),
+        {},
+        ValueError,
+        "ranks must have shape (2, 196), got (2, 197)",
+    ),
+    (
+        sk.match_higher,
+        (X, torch.rand(2, 196).double()),
+        {},
+        TypeError,
+        "ranks must be float32, got float64",
+    ),
+    (
+        sk.match_higher,
+        (X, torch.rand(2, 196)),
+        {"num_prefix_tokens": 198},
+        ValueError,
+        "num_prefix_tokens must be in [0, 197], got 198",
+    ),
+    (
+        sk.match_higher,
+        (K[:, :0], torch.rand(2, 196)),
+        {},
+        ValueError,
+        "features must have shape (B, N, D) or (B, H, N, D) with at least one head, "
+        "got (2, 0, 197, 4)",
+    ),
     (
         sk.match_kept,
         (X[0], INDEX),

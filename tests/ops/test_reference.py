@@ -122,6 +122,22 @@ def test_rows_are_owned_by_the_kept_patch_most_like_them():
         assert got[b].tolist() == want
 
 
+def test_the_cosine_with_a_patch_of_higher_rank():
+    features = torch.randn(2, 2, 9, 5, dtype=torch.float64)
+    ranks = torch.tensor([[3.0, 1, 4, 1, 5, 9, 2], [2.0, 7, 1, 8, 2, 8, math.nan]])
+    got = reference.match_higher(features, ranks, num_prefix_tokens=2)
+    for b in range(2):
+        mean = features[b].mean(0)[2:]
+        for i in range(7):
+            order = [r if r == r else math.inf for r in ranks[b].tolist()]
+            cosines = [
+                torch.nn.functional.cosine_similarity(mean[i], mean[j], dim=0).item()
+                for j in range(7)
+                if order[j] > order[i]
+            ]
+            assert got[b, i].item() == pytest.approx(max(cosines, default=-math.inf), abs=1e-6)
+
+
 def test_merged_rows_are_means_by_size_and_come_back_with_what_they_gained():
     x = torch.randn(1, 6, 2, dtype=torch.float64)
     owner, sizes = (
@@ -157,6 +173,7 @@ def test_every_result_is_contiguous():
         *reference.gather_topk_fuse_backward(strided(2, 4, 3), x, scores, index),
         reference.scatter_back(x, strided(2, 3, 3), index),
         *reference.scatter_back_backward(x, index, True),
+        reference.match_higher(x, strided(2, 5)),
         reference.match_kept(x, index),
         *reference.merge_rows(x, owner, 3, sizes=strided(2, 6)),
         reference.merge_rows_backward(strided(2, 3, 3), owner, None, strided(2, 3)),

@@ -146,6 +146,7 @@ torch.manual_seed(0)
 X = torch.randn(2, 50, 72).to(torch.bfloat16)
 # Every other patch leads, and more of them than are kept: a score read from beside changes the set.
 WEIGHTS = torch.rand(2, 3, 49) / 8 + torch.arange(49) % 2
+RANKS = WEIGHTS.mean(1)
 INDEX = reference.gather_topk(X, WEIGHTS, 22)[1]
 GRAD = torch.randn(2, 24, 72).to(X)
 TOKENS, AFTER, UPDATE = GRAD[:, :23].contiguous(), GRAD[:, 1:].contiguous(), GRAD[:, 0].contiguous()
@@ -168,6 +169,8 @@ CALLS = {
     "gather_rows_backward": ("gather_rows_backward", TOKENS, INDEX, 50),
     "scatter_back": ("scatter_back", X, TOKENS, INDEX, UPDATE),
     "scatter_back_backward": ("scatter_back_backward", X, INDEX, True),
+    "match_higher": ("match_higher", X, RANKS),
+    "match_higher, float32": ("match_higher", K, RANKS),
     "match_kept": ("match_kept", X, INDEX),
     "match_kept, float32": ("match_kept", K, INDEX),
     "merge_rows": ("merge_rows", X, OWNER, 23, SIZES),

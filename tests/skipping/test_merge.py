@@ -61,8 +61,8 @@ def merged_plainly(model, images, config):
                     scores = row.mean((0, 1))[prefix:]
                 if config.scorer == "marginal":
                     more = scores[None] > scores[:, None]
-                    likest = torch.where(more, cosine[prefix:, prefix:], -1).amax(1)
-                    scores = 0.05 * scores.log() - likest
+                    likest = torch.where(more, cosine[prefix:, prefix:], -torch.inf).amax(1)
+                    scores = (scores * sizes[prefix:]).sqrt() * (1 - likest)
                 keep = num_kept(len(x) - prefix, config.drop_ratio[config.drop_at.index(layer)])
                 best = scores.argsort(descending=True, stable=True)[:keep].sort().values.tolist()
                 kept = [*range(prefix), *(prefix + at for at in best)]

@@ -7,7 +7,7 @@ Triton itself is imported by the first launch: no CUDA context and no second of 
     rows.py     gather_rows, scatter_back and their backwards: rows that move
     topk.py     gather_topk, gather_topk_fuse and its backward: the selection
     scores.py   cls_scores
-    merge.py    match_kept, merge_rows, restore_rows and their backwards: patches that merge
+    merge.py    match_higher, match_kept, merge_rows, restore_rows: patches that merge
     launch.py   what they share: tile sizes and the launch
 """
 

@@ -1,4 +1,4 @@
-"""Patches that merge and come back: match_kept, merge_rows, restore_rows and their backwards.
+"""Patches that merge and come back: match_higher, match_kept, merge_rows, restore_rows, backwards.
 
 What sums over the rows of an owner has them in order: one launch finds, for every row of an image,
 how many rows go before it (those of lower owners, and those before it of its own), which is n * n
@@ -28,7 +28,7 @@ from skipvit_kernels.backends.triton.launch import (
 from skipvit_kernels.backends.triton.rows import LOOKUP, rows_moved_to
 from skipvit_kernels.backends.triton.topk import _key, _over_heads
 
-# ---------------------------------------------------------------------------- match_kept
+# ---------------------------------------------------------------------- products of features
 
 
 @triton.jit
@@ -44,6 +44,112 @@ def _features(features_ptr, o_n, o_d, m_n, num_columns, features_strides, HEADS:
             b_features += tl.load(features_ptrs, mask=mask, other=0).to(b_features.dtype)
         b_features = _over_heads(b_features, HEADS)
     return b_features
+
+
+@triton.jit
+def _cosines(
+    features_ptr, o_n, m_n, o_k, m_k, num_columns, features_strides,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, KEPT] products of rows o_n with the unit vectors of rows o_k of an image."""
+    SUM: tl.constexpr = sum_dtype(features_ptr)
+    b_dot = tl.zeros([o_n.shape[0], o_k.shape[0]], SUM)
+    b_square = tl.zeros([o_k.shape[0]], SUM)
+    # With heads the copies that a pipeline keeps of them fill half of the shared memory.
+    for column in tl.range(0, num_columns, WIDTH, num_stages=1 if HEADS > 1 else 2):
+        o_d = column + tl.arange(0, WIDTH)
+        b_x = _features(features_ptr, o_n, o_d, m_n, num_columns, features_strides, HEADS)
+        b_kept = _features(features_ptr, o_k, o_d, m_k, num_columns, features_strides, HEADS)
+        if SUM.primitive_bitwidth == 64:
+            b_dot += tl.sum(b_x[:, None, :] * b_kept[None, :, :], axis=2)
+        else:
+            b_dot = tl.dot(b_x, tl.trans(b_kept), b_dot, input_precision="ieee")
+        b_kept = b_kept.to(SUM)
+        b_square += tl.sum(b_kept * b_kept, axis=1)
+    b_norm = tl.sqrt(b_square)
+    return b_dot / tl.where(b_norm > 0, b_norm, 1.0)[None, :]
+
+
+def _head_strides(features: Tensor) -> tuple[int, tuple[int, ...]]:
+    """H, and the strides of (B, H, N, D), of which (B, N, D) is one head."""
+    if features.dim() == 4:
+        return features.shape[1], features.stride()
+    return 1, (features.stride(0), 0, *features.stride()[1:])
+
+
+def _tile(features: Tensor, heads: int) -> tuple[int, int]:
+    """Rows by rows, and the channels of a step."""
+    # A product in float32 holds whole tiles in registers, one in float64 each of its terms.
+    rows = 16 if features.dtype == torch.float64 else 32
+    return rows, 32 if heads == 1 and features.element_size() == 2 else 16
+
+
+# -------------------------------------------------------------------------- match_higher
+
+
+@triton.jit(do_not_specialize=["num_patches", "num_prefix"])
+def _match_higher_kernel(
+    features_ptr,  # (B, H, P + n, D)
+    ranks_ptr,  # (B, n)
+    out_ptr,  # (B, n), contiguous
+    num_patches,
+    num_prefix,
+    num_columns,
+    features_strides,
+    ranks_strides,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Each program compares its patches with all others; no cosine is written."""
+    o_b, tile = image_and_tile(tl.cdiv(num_patches, ROWS))
+    o_n = tile * ROWS + tl.arange(0, ROWS)
+    m_n = o_n < num_patches
+    SUM: tl.constexpr = sum_dtype(features_ptr)
+    KEY: tl.constexpr = tl.int64 if SUM.primitive_bitwidth == 64 else tl.int32
+    LOWEST: tl.constexpr = -(2 ** (KEY.primitive_bitwidth - 1))
+    features_ptr = ptrs_at(features_ptr, (o_b,), features_strides[:1])
+    features_ptr = ptrs_at(features_ptr, (num_prefix,), features_strides[2:3])
+    b_rank = tl.load(ptrs_at(ranks_ptr, (o_b, o_n), ranks_strides), mask=m_n, other=0)
+    b_rank = _key(b_rank, m_n)
+    b_largest = tl.full([ROWS], LOWEST, KEY)
+    b_square = tl.zeros([ROWS], SUM)
+    for column in range(0, num_columns, WIDTH):
+        o_d = column + tl.arange(0, WIDTH)
+        b_x = _features(features_ptr, o_n, o_d, m_n, num_columns, features_strides, HEADS).to(SUM)
+        b_square += tl.sum(b_x * b_x, axis=1)
+    for start in range(0, num_patches, ROWS):
+        o_k = start + tl.arange(0, ROWS)
+        m_k = o_k < num_patches
+        b_other = tl.load(ptrs_at(ranks_ptr, (o_b, o_k), ranks_strides), mask=m_k, other=0)
+        b_cosine = _cosines(
+            features_ptr, o_n, m_n, o_k, m_k, num_columns, features_strides, HEADS, WIDTH
+        )
+        b_key = _key(b_cosine, _key(b_other, m_k)[None, :] > b_rank[:, None])
+        b_largest = tl.maximum(tl.max(b_key, axis=1), b_largest)
+    # The cosine that the key was made of; that of NaN has the bits of one.
+    b_bits = b_largest ^ ((b_largest >> (KEY.primitive_bitwidth - 1)) & (-(LOWEST + 1)))
+    b_norm = tl.sqrt(b_square)
+    b_cosine = b_bits.to(SUM, bitcast=True) / tl.where(b_norm > 0, b_norm, 1.0)
+    b_out = tl.where(b_largest == LOWEST, float("-inf"), b_cosine).to(tl.float32)
+    tl.store(out_ptr + o_b * num_patches + o_n, b_out, mask=m_n)
+
+
+def match_higher(features: Tensor, ranks: Tensor, *, num_prefix_tokens: int = 1) -> Tensor:
+    batch, num_patches = ranks.shape
+    heads, strides = _head_strides(features)
+    rows, width = _tile(features, heads)
+    out = ranks.new_empty(ranks.shape)
+    launch(
+        _match_higher_kernel, batch * cdiv(num_patches, rows), out,
+        features_ptr=features, ranks_ptr=ranks, out_ptr=out, num_patches=num_patches,
+        num_prefix=num_prefix_tokens, num_columns=features.shape[-1], features_strides=strides,
+        ranks_strides=ranks.stride(), HEADS=heads, ROWS=rows, WIDTH=width,
+    )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------------------- match_kept
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_prefix"])
@@ -67,8 +173,7 @@ def _match_kept_kernel(
     o_n = tile * ROWS + tl.arange(0, ROWS)
     m_n = o_n < num_tokens
     SUM: tl.constexpr = sum_dtype(features_ptr)
-    WIDE: tl.constexpr = SUM.primitive_bitwidth == 64
-    KEY: tl.constexpr = tl.int64 if WIDE else tl.int32
+    KEY: tl.constexpr = tl.int64 if SUM.primitive_bitwidth == 64 else tl.int32
     LOWEST: tl.constexpr = -(2 ** (KEY.primitive_bitwidth - 1))
     b_largest = tl.full([ROWS], LOWEST, KEY)
     b_owner = tl.zeros([ROWS], tl.int32) + num_prefix
@@ -78,21 +183,9 @@ def _match_kept_kernel(
         index_ptrs = ptrs_at(index_ptr, (o_b, o_r), index_strides)
         b_k = tl.load(index_ptrs, mask=o_r < num_rows, other=-1)
         m_k = (b_k >= 0) & (b_k < num_tokens)
-        b_dot = tl.zeros([ROWS, KEPT], SUM)
-        b_square = tl.zeros([KEPT], SUM)
-        # With heads the copies that a pipeline keeps of them fill half of the shared memory.
-        for column in tl.range(0, num_columns, WIDTH, num_stages=1 if HEADS > 1 else 2):
-            o_d = column + tl.arange(0, WIDTH)
-            b_x = _features(features_ptr, o_n, o_d, m_n, num_columns, features_strides, HEADS)
-            b_kept = _features(features_ptr, b_k, o_d, m_k, num_columns, features_strides, HEADS)
-            if WIDE:
-                b_dot += tl.sum(b_x[:, None, :] * b_kept[None, :, :], axis=2)
-            else:
-                b_dot = tl.dot(b_x, tl.trans(b_kept), b_dot, input_precision="ieee")
-            b_kept = b_kept.to(SUM)
-            b_square += tl.sum(b_kept * b_kept, axis=1)
-        b_norm = tl.sqrt(b_square)
-        b_cosine = b_dot / tl.where(b_norm > 0, b_norm, 1.0)[None, :]
+        b_cosine = _cosines(
+            features_ptr, o_n, m_n, b_k, m_k, num_columns, features_strides, HEADS, WIDTH
+        )
         b_key = _key(b_cosine, m_k[None, :])
         b_top = tl.max(b_key, axis=1)
         b_first = tl.min(tl.where(b_key == b_top[:, None], o_r[None, :], num_rows), axis=1)
@@ -106,19 +199,15 @@ def _match_kept_kernel(
 def match_kept(features: Tensor, index: Tensor, *, num_prefix_tokens: int = 1) -> Tensor:
     """An entry of the index out of range is no kept patch."""
     batch, num_tokens, columns = features.shape[0], features.shape[-2], features.shape[-1]
-    heads, strides = 1, (features.stride(0), 0, *features.stride()[1:])
-    if features.dim() == 4:
-        heads, strides = features.shape[1], features.stride()
+    heads, strides = _head_strides(features)
+    rows, width = _tile(features, heads)
     owner = index.new_empty((batch, num_tokens))
-    # A product in float32 holds whole tiles in registers, one in float64 each of its terms.
-    rows = kept = 16 if features.dtype == torch.float64 else 32
-    width = 32 if heads == 1 and features.element_size() == 2 else 16
     launch(
         _match_kept_kernel, batch * cdiv(num_tokens, rows), owner,
         features_ptr=features, index_ptr=index, owner_ptr=owner,
         num_tokens=num_tokens, num_rows=index.shape[1], num_prefix=num_prefix_tokens,
         num_columns=columns, features_strides=strides, index_strides=index.stride(),
-        HEADS=heads, ROWS=rows, KEPT=kept, WIDTH=width,
+        HEADS=heads, ROWS=rows, KEPT=rows, WIDTH=width,
     )  # fmt: skip
     return owner
 

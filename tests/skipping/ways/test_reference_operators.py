@@ -36,13 +36,14 @@ def everything(dtype, batch=2, patches=12, keep=5):
     fused, _ = sk.gather_topk_fuse(x, trained_cls_scores(q, k), keep)
     update = tokens.mean(1)
     back = sk.scatter_back(x, 2 * tokens, index, update=update)
+    likest = sk.match_higher(x, ties.float())
     owner = sk.match_kept(x, index)
     assert not owner.requires_grad
     merged, sizes = sk.merge_rows(x, owner, 1 + keep, sizes=torch.rand(owner.shape) + 0.5)
     restored = sk.restore_rows(x, merged, 2 * merged, owner)
     moved = [sk.gather_rows(other, index), tokens, index, owner, back, sizes]
-    summed = [scores, fused, merged, restored]
-    loss = sum(t.double().square().sum() for t in (moved[0], tokens, back, *summed[1:]))
+    summed = [scores, likest, fused, merged, restored]
+    loss = sum(t.double().square().sum() for t in (moved[0], tokens, back, *summed[2:]))
     return moved, summed, torch.autograd.grad(loss, [x, other, q])
 
 
