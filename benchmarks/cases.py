@@ -263,6 +263,16 @@ CASES = {
         lambda i: 2 * i.num_tokens + i.num_rows,
         backward=True,
     ),
+    "match_higher": Case(
+        lambda m: m.match_higher,
+        chains.naive_match_higher,
+        (chains.bmm_where, chains.sorted_bmm),
+        lambda i: (i.features, i.scores),
+        lambda i: i.rows(i.num_tokens) + i.score_bytes,
+        lambda i: i.score_bytes,
+        lambda i: i.num_tokens,
+        exact=False,
+    ),
     "match_kept": Case(
         lambda m: m.match_kept,
         chains.naive_match_kept,

@@ -211,6 +211,31 @@ def index_fill_update(grad: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tens
     return grad_x, grad_tokens, grad_x.sum(1)
 
 
+# -------------------------------------------------------------------------- match_higher
+
+
+def naive_match_higher(features: Tensor, ranks: Tensor) -> Tensor:
+    unit = F.normalize(features[:, 1:].float(), dim=-1)
+    lower = ranks[:, None] <= ranks[:, :, None]
+    return (unit @ unit.transpose(1, 2)).masked_fill(lower, -torch.inf).amax(-1)
+
+
+def bmm_where(features: Tensor, ranks: Tensor) -> Tensor:
+    unit = F.normalize(features[:, 1:].float(), dim=-1)
+    cosines = torch.bmm(unit, unit.transpose(1, 2))
+    return torch.where(ranks[:, None] > ranks[:, :, None], cosines, -torch.inf).amax(-1)
+
+
+def sorted_bmm(features: Tensor, ranks: Tensor) -> Tensor:
+    """Of ranks of which no two are equal."""
+    order = ranks.argsort(1, descending=True)
+    unit = F.normalize(index_select(features, order + 1).float(), dim=-1)
+    size = (order.shape[1],) * 2
+    mask = torch.full(size, -torch.inf, device=order.device).triu_()
+    largest = torch.baddbmm(mask, unit, unit.transpose(1, 2)).amax(-1)
+    return torch.empty_like(ranks).scatter_(1, order, largest)
+
+
 # ---------------------------------------------------------------------------- match_kept
 
 
