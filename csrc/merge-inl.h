@@ -100,11 +100,13 @@ SKIPVIT_FLATTEN inline void multiply_panel(const A* const* rows, const A* panel,
   Pair s4{}, s5{}, s6{}, s7{};
 #endif
   for (int64_t d = 0; d < width; ++d) {
-    Pair patches;
-    std::memcpy(&patches, panel + d * kPanel<A>, sizeof(patches));
+    // One by one: a pair of them GCC 12 also stores on the stack.
+    typename Type<A>::Reg left, right;
+    std::memcpy(&left, panel + d * kPanel<A>, sizeof(left));
+    std::memcpy(&right, panel + d * kPanel<A> + kPanel<A> / 2, sizeof(right));
     const auto add = [&](Pair& sum, A x) {
-      sum.reg[0] += x * patches.reg[0];
-      sum.reg[1] += x * patches.reg[1];
+      sum.reg[0] += x * left;
+      sum.reg[1] += x * right;
     };
     add(s0, r0[d]);
     add(s1, r1[d]);
