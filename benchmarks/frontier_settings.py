@@ -21,7 +21,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "fused": ("6(45%)+fused", "6(55%)+fused", "4(55%)+fused"),
     "merge in stages": (
         *("6(108p)+12:merge", "4(108p)+12:merge", "4,6(70p,60p)+12:merge"),
-        "4,7,10(40p,40p,40p)+12:merge",
+        *("4,7,10(40p,40p,40p)+12:merge", "4,6,8(55p,45p,40p)+12:merge"),
         f"4,7,10(40p,40p,40p)+12:{REDUNDANT}",
         f"4,6,8(55p,45p,40p)+12:{REDUNDANT}",
         f"4,7,10(40p,40p,40p)+12:{MARGINAL}",

@@ -58,7 +58,7 @@ def merged_plainly(model, images, config):
                 else:
                     query = q[:, 0] if model.cls_token is not None else q.mean(1)
                     row = (query[:, None] @ k.transpose(-2, -1) * attn.scale).softmax(-1)
-                    scores = row.mean((0, 1))[prefix:]
+                    scores = row.mean((0, 1))[prefix:] * sizes[prefix:]
                 if config.scorer == "marginal":
                     more = scores[None] > scores[:, None]
                     likest = torch.where(more, cosine[prefix:, prefix:], -torch.inf).amax(1)
