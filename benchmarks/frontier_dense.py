@@ -34,7 +34,8 @@ DROPS = ("6(55%)+11", "6(55%)+12", "4,7(30%,30%)+10", "4,7,10(40p,40p,40p)+12")
 BEST = (
     "4,7,10(40p,40p,40p)+12:merge,score=similar,match=keys",
     "4-11(20p)+12:merge,score=similar,match=keys",
-    "4,6,8(55p,45p,40p)+12:merge,score=marginal,match=keys",
+    "4,7,10(40p,40p,40p)+12:merge,score=marginal,match=keys",
+    "4,5,8(52p,48p,44p)+12:merge,score=marginal,match=keys",
 )
 SHOWN = "6(55%)+11"
 
