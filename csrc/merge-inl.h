@@ -55,6 +55,12 @@ SKIPVIT_FLATTEN inline const A* feature_row(const View& features, int64_t image,
   return out;
 }
 
+template <class T>
+inline void prefetch_feature(const View& features, int64_t image, int64_t token) {
+  prefetch_row(reinterpret_cast<const char*>(at<T>(features, image, 0, token)),
+               features.size[3] * sizeof(T));
+}
+
 // What makes a vector one of length 1; nothing does a vector of zeros.
 template <class A>
 inline A to_unit(const A* row, int64_t width) {
@@ -69,21 +75,35 @@ inline int64_t vectors_at_a_time(int64_t width) {
   return (kPanelBytes / panel_bytes + 1) * kPanel<A>;
 }
 
-// panels[p][d][j] = channel d of the unit vector of token_of(first + p * kPanel + j).
+// panels[p][d][j] = channel d of the unit vector of token_of(first + p * kPanel + j). Four vectors
+// at a time: a store of one float for each cost as much as a fifth of the products.
 template <class T, class A, class TokenOf>
-void make_panels(const View& features, int64_t image, int64_t first, int64_t last, A* row,
+void make_panels(const View& features, int64_t image, int64_t first, int64_t last, A* rows,
                  A* panels, TokenOf token_of) {
-  const int64_t width = features.size[3];
-  for (int64_t r = first; r < last; ++r) {
-    const int64_t place = (r - first) % kPanel<A>;
+  using Four = typename Type<A>::Four;
+  const int64_t width = features.size[3], ahead = rows_ahead(width * sizeof(T));
+  for (int64_t r = first; r < last; r += 4) {
+    const int64_t place = (r - first) % kPanel<A>, count = last - r < 4 ? last - r : 4;
     A* out = panels + (r - first - place) * width + place;
     if (place == 0) {  // the last panel may not be full
       std::memset(out, 0, kPanel<A> * width * sizeof(A));
     }
-    const A* from = feature_row<T>(features, image, token_of(r), row);
-    const A scale = to_unit(from, width);
+    const A* from[4];
+    Four scale{};
+    for (int64_t j = 0; j < 4; ++j) {
+      if (j < count) {
+        const int64_t later = r + j + ahead < last ? r + j + ahead : last - 1;
+        prefetch_feature<T>(features, image, token_of(later));
+        from[j] = feature_row<T>(features, image, token_of(r + j), rows + j * width);
+        scale[j] = to_unit(from[j], width);
+      } else {  // by a scale of 0, and so in nobody's sums
+        from[j] = from[0];
+      }
+    }
     for (int64_t d = 0; d < width; ++d) {
-      out[d * kPanel<A>] = scale * from[d];
+      Four values{from[0][d], from[1][d], from[2][d], from[3][d]};
+      values *= scale;
+      std::memcpy(out + d * kPanel<A>, &values, sizeof(values));
     }
   }
 }
@@ -176,33 +196,35 @@ inline auto sort_keys(typename Type<A>::Reg v) {
 template <class A, class Key>
 SKIPVIT_FLATTEN void match_rows(const A* const* rows, const A* panels, int64_t width, int64_t first,
                                 const Key* ends, Candidates<Key> (&best)[kMatchedRows]) {
+  using Reg = typename Type<A>::Reg;
   using Keys = KeyReg<Key>;
-  constexpr Key kLowest = static_cast<Key>(Key{1} << (8 * sizeof(Key) - 1));
   constexpr int64_t kLaneCount = kPanel<A> / 2;
   Keys lane{};
   for (int64_t i = 0; i < kLaneCount; ++i) {
     lane[i] = static_cast<Key>(i);
   }
-  Candidates<Keys> lanes[kMatchedRows];
-  for (auto& row : lanes) {
-    row = {Keys{} + kLowest, Keys{} + static_cast<Key>(first)};
+  Reg largest[kMatchedRows];
+  Keys places[kMatchedRows];
+  for (int64_t i = 0; i < kMatchedRows; ++i) {
+    largest[i] = Reg{} - std::numeric_limits<A>::infinity();
+    places[i] = Keys{} + static_cast<Key>(first);
   }
   for (int64_t r = first; r < ends[kMatchedRows - 1]; r += kPanel<A>) {
-    Two<typename Type<A>::Reg> sums[kMatchedRows];
+    Two<Reg> sums[kMatchedRows];
     multiply_panel(rows, panels + (r - first) * width, width, sums);
     for (int64_t half = 0; half < 2; ++half) {
       const Keys place = lane + static_cast<Key>(r + half * kLaneCount);
       for (int64_t i = 0; i < kMatchedRows; ++i) {
-        const auto exists = place < Keys{} + ends[i];
-        const Keys key = exists ? sort_keys<A>(sums[i].reg[half]) : Keys{} + kLowest;
-        const auto better = key > lanes[i].key;  // places only ascend
-        lanes[i].key = better ? key : lanes[i].key;
-        lanes[i].place = better ? place : lanes[i].place;
+        // A NaN is larger than what is not, and nothing than it; places only ascend.
+        const Reg sum = sums[i].reg[half], so_far = largest[i];
+        const auto better = (place < Keys{} + ends[i]) & ~(sum <= so_far) & (so_far == so_far);
+        largest[i] = better ? sum : so_far;
+        places[i] = better ? place : places[i];
       }
     }
   }
   for (int64_t i = 0; i < kMatchedRows; ++i) {
-    best[i] = best_lane<Key>(lanes[i]);
+    best[i] = best_lane<Key>({sort_keys<A>(largest[i]), places[i]});
   }
 }
 
@@ -302,17 +324,20 @@ void match_kept_of(const View& features, const View& index, const int32_t* inver
   const int64_t num_rows = index.size[1], step = vectors_at_a_time<A>(width);
   A* own = accumulate_scratch.get<A>((kMatchedRows + step) * width);
   A* panels = own + kMatchedRows * width;
-  Key* keys = key_scratch.get<Key>(num_tokens);
+  // Of the rows outside of the index: the best products so far, and which they are.
+  Key* keys = key_scratch.get<Key>(2 * num_tokens);
+  Key* dropped = keys + num_tokens;
   for (int64_t item = begin, stop; item < end; item = stop) {
     const int64_t image = item / num_tokens, start = image * num_tokens;
     stop = start + num_tokens < end ? start + num_tokens : end;
-    bool all_kept = true;
+    int64_t num_dropped = 0;
     for (int64_t i = item; i < stop; ++i) {
-      all_kept &= inverse[i] >= 0;
       owner[i] = inverse[i] >= 0 ? inverse[i] : num_prefix;
-      keys[i - start] = kLowest;
+      keys[num_dropped] = kLowest;
+      dropped[num_dropped] = static_cast<Key>(i - start);
+      num_dropped += inverse[i] < 0;
     }
-    for (int64_t first = num_prefix; !all_kept && first < num_rows; first += step) {
+    for (int64_t first = num_prefix; num_dropped > 0 && first < num_rows; first += step) {
       const int64_t last = first + step < num_rows ? first + step : num_rows;
       make_panels<T>(features, image, first, last, own, panels,
                      [&](int64_t r) { return *at<int64_t>(index, image, r); });
@@ -320,25 +345,20 @@ void match_kept_of(const View& features, const View& index, const int32_t* inver
       for (Key& to : ends) {
         to = static_cast<Key>(last);
       }
-      for (int64_t i = item; i < stop;) {
+      for (int64_t i = 0; i < num_dropped; i += kMatchedRows) {
         const A* rows[kMatchedRows];
-        int64_t token[kMatchedRows], count = 0;
-        for (; i < stop && count < kMatchedRows; ++i) {
-          if (inverse[i] < 0) {
-            token[count] = i - start;
-            rows[count] = feature_row<T>(features, image, i - start, own + count * width);
-            ++count;
-          }
-        }
-        for (int64_t j = count; j < kMatchedRows; ++j) {
-          rows[j] = count > 0 ? rows[count - 1] : own;
+        for (int64_t j = 0; j < kMatchedRows; ++j) {
+          const int64_t row = i + j < num_dropped ? i + j : num_dropped - 1;
+          const int64_t later = row + kMatchedRows < num_dropped ? row + kMatchedRows : row;
+          prefetch_feature<T>(features, image, dropped[later]);
+          rows[j] = feature_row<T>(features, image, dropped[row], own + j * width);
         }
         Candidates<Key> best[kMatchedRows];
         match_rows(rows, panels, width, first, ends, best);
-        for (int64_t j = 0; j < count; ++j) {
-          if (best[j].key > keys[token[j]]) {
-            keys[token[j]] = best[j].key;
-            owner[start + token[j]] = best[j].place;
+        for (int64_t j = 0; j < kMatchedRows && i + j < num_dropped; ++j) {
+          if (best[j].key > keys[i + j]) {
+            keys[i + j] = best[j].key;
+            owner[start + dropped[i + j]] = best[j].place;
           }
         }
       }
