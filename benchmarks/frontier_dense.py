@@ -35,7 +35,7 @@ BEST = (
     "4,7,10(40p,40p,40p)+12:merge,score=similar,match=keys",
     "4-11(20p)+12:merge,score=similar,match=keys",
     "4,7,10(40p,40p,40p)+12:merge,score=marginal,match=keys",
-    "4,5,8(52p,48p,44p)+12:merge,score=marginal,match=keys",
+    "4,5,8(53p,48p,48p)+12:merge,score=marginal,match=keys",
 )
 SHOWN = "6(55%)+11"
 

@@ -307,7 +307,7 @@ def _show(args: argparse.Namespace) -> None:
     names = ("model", "weights", "pretrained", "scores", "device", "out")
     options = {name: getattr(args, name) for name in names}
     options["model_args"] = dict(args.model_args)
-    show.run(args.pictures, configs=args.configs or [presets.UNTRAINED], **options)
+    show.run(args.pictures, configs=args.configs or presets.UNTRAINED[:1], **options)
     print(f"written to {args.out}")
 
 

@@ -128,8 +128,8 @@ def advise(
 
         print(sk.advise(model, batch_size=64))
 
-    The settings are the paper's fastest skip, its two-stage skip, EViT's fused token and merging,
-    at the same fractions of the depth, each with the lossless last block where the head allows it,
+    The settings are the paper's fastest skip, its two-stage skip, EViT's fused token and merging in
+    one and in three layers, at the same fractions of the depth, each with the lossless last block where the head allows it,
     and that alone. They are timed in turn, with their sliced floors, and with the unpatched model
     twice: what the two differ by is noise.
 

@@ -15,8 +15,9 @@ TABLE_1 = (
     *("5,8(35%,35%)+11", "6(45%)+11", "6(50%)+11", "6(55%)+11"),
 )
 
-# What loses least without training: docs/results/frontier_deit_tiny.
-UNTRAINED = "6(55%)+12:merge"
+# What loses little without training, the second less and faster, where there is a CLS to say who
+# stays: docs/results/frontier_deit_tiny.
+UNTRAINED = ("6(55%)+12:merge", "4,5,8(27%,33%,50%)+12:merge,score=marginal,match=keys")
 
 
 def scaled(config: str, depth: int) -> str:
@@ -40,7 +41,7 @@ def usual(model: Any) -> tuple[tuple[str, ...], list[str]]:
     """What is worth a first look on this model, and why the rest is not possible on it.
 
     The lossless last block; and with it the paper's fastest skip, its two stages, EViT's fused
-    token, and merging, at the same twelfths of the depth.
+    token, and merging in one and in three layers, at the same twelfths of the depth.
 
     Raises:
         ValueError: where the model cannot be patched at all.
@@ -53,7 +54,7 @@ def usual(model: Any) -> tuple[tuple[str, ...], list[str]]:
     except ValueError as error:
         cls = ""
         notes.append(f"The lossless last block is not possible: {error}.")
-    for config in ("6(55%)+11", "4,7(30%,30%)+10", "6(45%)+fused", UNTRAINED):
+    for config in ("6(55%)+11", "4,7(30%,30%)+10", "6(45%)+fused", *UNTRAINED):
         try:
             parsed = SkipConfig.parse(scaled(config, ViTShape.of(model).depth))
             text = str(dataclasses.replace(parsed, cls_only_last_block=bool(cls)))
