@@ -129,9 +129,9 @@ def advise(
         print(sk.advise(model, batch_size=64))
 
     The settings are the paper's fastest skip, its two-stage skip, EViT's fused token and merging in
-    one and in three layers, at the same fractions of the depth, each with the lossless last block where the head allows it,
-    and that alone. They are timed in turn, with their sliced floors, and with the unpatched model
-    twice: what the two differ by is noise.
+    one and in three layers, at the same fractions of the depth, each with the lossless last block
+    where the head allows it, and that alone. They are timed in turn, with their sliced floors, and
+    with the unpatched model twice: what the two differ by is noise.
 
     Args:
         model: a timm VisionTransformer on the device to measure; left as it is, a copy is used.
